@@ -1,0 +1,31 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo          ## fine-tune the bundled model three ways
+	$(BIN)/python -m minigpt.demo
+
+test: .venv/test          ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: .venv/test          ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/test         ## measure against the peers, write benchmarks/results/*.csv and the tables
+	$(BIN)/python -m benchmarks
+
+.venv/demo: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/demo
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,30 @@
+"""Every operation in plain PyTorch: the oracle of the tests, the yardstick of the benchmarks, and
+the path that runs where there is no GPU.
+
+Shapes:  M rows   K inputs   N outputs   R rank
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Y = x W^T + b + s (drop(x) A^T) B^T.   Hu et al. 2021, https://arxiv.org/abs/2106.09685
+
+    x (..., K), weight (N, K), bias (N), lora_a (R, K), lora_b (N, R) -> (..., N), in x's dtype.
+    Saves for the backward pass x and x A^T (and, with dropout, drop(x) and its mask).
+    """
+    y = F.linear(x, weight, bias)
+    a, b = lora_a.to(y.dtype), lora_b.to(y.dtype)
+    xa = F.linear(F.dropout(x, dropout_p), a)
+    # the update is added by the product itself: no (M, N) tensor for s x A^T B^T alone
+    return torch.addmm(y.flatten(0, -2), xa.flatten(0, -2), b.T, alpha=scaling).view(y.shape)

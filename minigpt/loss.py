@@ -1,0 +1,90 @@
+"""Cross-entropy over the vocabulary without ever holding all the logits.
+
+    loss = 1/n sum_i  logsumexp(z_i) - z_i[y_i],    z_i = head(x_i),    n = number of labels
+    d loss / d z_i = (softmax(z_i) - onehot(y_i)) / n
+
+The logits of a whole batch are the largest tensor of a training step, and autograd keeps them
+several times over.  Here a few rows at a time go through the head and straight back: the gradient
+of each piece is known as soon as its logits are, so nothing but d loss / dx remains.
+(The trick of Liger's fused linear cross-entropy, https://arxiv.org/abs/2410.10989; here the head is
+called, not read, so that whatever a method puts around it counts.)
+
+Shapes:  M rows (batch x time)   D width   V vocabulary
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # the label of a token that has no say in the loss
+ROWS = 256  # rows of logits alive at a time
+
+
+class LanguageModel(Protocol):
+    """A model whose states before the head can be had."""
+
+    head: nn.Module
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
+
+
+def language_model_loss(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
+    """Mean loss in nats over the labels of a batch.
+
+    `batch` holds `input_ids` and `labels`, both (B, T), and perhaps `attention_mask`; labels are
+    aligned with the states that predict them (shifted by the data, not here), -100 where none.
+    """
+    x = model.hidden(batch["input_ids"], attention_mask=batch.get("attention_mask"))
+    return chunked_cross_entropy(x, model.head, batch["labels"])
+
+
+def chunked_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor, rows: int = ROWS) -> Tensor:
+    """States x (..., D), labels (...) -> the mean loss; `head` maps (rows, D) to (rows, V)."""
+    x, labels = x.flatten(0, -2), labels.flatten()
+    trained = [p for p in head.parameters() if p.requires_grad]
+    loss: Tensor = _ChunkedCrossEntropy.apply(x, labels, head, rows, *trained)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, labels: Tensor, head: nn.Module, rows: int, *trained: Tensor
+    ) -> Tensor:
+        backward = any(ctx.needs_input_grad)
+        n = (labels != IGNORED).sum()
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx = torch.empty_like(x) if backward else None
+        d_trained: list[Tensor] = []
+        for start in range(0, len(x), rows):
+            piece = slice(start, start + rows)
+            with torch.set_grad_enabled(backward):
+                x_piece = x[piece].detach().requires_grad_(backward)
+                z = head(x_piece)
+            log_p = z.detach().log_softmax(-1, dtype=torch.float32)
+            index = labels[piece, None].clamp(min=0)
+            counted = labels[piece, None] != IGNORED
+            loss -= (log_p.gather(1, index) * counted).sum()
+            if dx is None:
+                continue
+            # dz = (softmax(z) - onehot(y)) / n
+            dz = log_p.exp_().scatter_add_(1, index, -counted.to(log_p.dtype))
+            dz *= counted / n
+            inputs = (x_piece, *trained)
+            dx[piece], *d_piece = torch.autograd.grad(z, inputs, dz.to(z.dtype))
+            for i, d in enumerate(d_piece):
+                if start == 0:
+                    d_trained.append(d)
+                else:
+                    d_trained[i] += d
+        ctx.gradients = (dx, None, None, None, *d_trained)
+        return loss / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        del ctx.gradients  # handed over, not kept: autograd need not copy what nobody else holds
+        return tuple(None if g is None else g.mul_(d_loss) for g in gradients)

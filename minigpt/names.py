@@ -1,0 +1,59 @@
+"""One table for each architecture: native names to a checkpoint's names, and back.
+
+A row maps a module's native name to its name in Hugging Face's checkpoints; `{}` stands for the
+block's number.  A longer name is translated by its longest known beginning, so the rows for
+modules serve for their parameters (`head.weight`) and for whatever a method adds below
+(`blocks.3.attention.query.lora_a`) as well.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+
+class Names:
+    """Two-way translation of dotted names.
+
+    Args:
+        table: native module name -> checkpoint module name, `{}` for the block's number.
+        prefix: what checkpoints of the bare body leave out (`transformer.`, `bert.`).
+        renamed: old endings of checkpoint names -> today's (`gamma` -> `weight`).
+        ignorable: regular expressions of checkpoint names that carry no weight of the model.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[str, str],
+        prefix: str,
+        renamed: Mapping[str, str] | None = None,
+        ignorable: Iterable[str] = (),
+    ) -> None:
+        self.table = dict(table)
+        self.prefix = prefix
+        self.renamed = dict(renamed or {})
+        self.ignorable = tuple(re.compile(pattern) for pattern in ignorable)
+        self._from_hf = {hf: native for native, hf in table.items()}
+
+    def to_hf(self, name: str) -> str:
+        """`blocks.3.attention.query.weight` -> `transformer.h.3.attn.attention.q_proj.weight`."""
+        return _translate(name, self.table)
+
+    def from_hf(self, name: str) -> str:
+        """The inverse of `to_hf`; a name that no row knows comes back as it is."""
+        return _translate(name, self._from_hf)
+
+    def bare(self) -> "Names":
+        """The names of a body without a head: the same without the prefix."""
+        return Names({n: hf.removeprefix(self.prefix) for n, hf in self.table.items()}, prefix="")
+
+    def is_ignorable(self, name: str) -> bool:
+        return any(pattern.fullmatch(name) for pattern in self.ignorable)
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        numbers = [part for part in parts[:end] if part.isdecimal()]
+        pattern = ".".join("{}" if part.isdecimal() else part for part in parts[:end])
+        if pattern in table:
+            return ".".join([table[pattern].format(*numbers), *parts[end:]])
+    return name

@@ -1,0 +1,40 @@
+"""Settings dataclasses as command-line options: one list of names, types, defaults and help."""
+
+import argparse
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, get_args, get_type_hints
+
+
+def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of a settings dataclass, with what `--help` says of it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """One option for each field of the dataclass.  What is not given stays out of the namespace."""
+    hints = get_type_hints(settings)
+    for f in fields(settings):
+        kind = next((k for k in get_args(hints[f.name]) if k is not type(None)), hints[f.name])
+        flag = "--" + f.name.replace("_", "-")
+        if hints[f.name] is bool:
+            parser.add_argument(flag, action="store_true", help=f.metadata["help"])
+            continue
+        many = hints[f.name] == list[str] or list[str] in get_args(hints[f.name])
+        parser.add_argument(
+            flag,
+            type=str if many else kind,
+            nargs="+" if many else None,
+            choices=f.metadata["choices"],
+            metavar=None if f.metadata["choices"] else _metavar(str if many else kind),
+            help=_help(f),
+        )
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _help(f: Field[Any]) -> str:
+    shown = f.default is not MISSING and f.default is not None
+    default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+    return f.metadata["help"] + (f" (default: {default})" if shown else "")

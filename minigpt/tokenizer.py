@@ -1,0 +1,121 @@
+"""Text <-> token ids, through the `tokenizers` library and the files beside a checkpoint."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than it has tokens
+
+
+class Tokenizer:
+    """A tokenizer of one of three kinds of files: `tokenizer.json`, `vocab.json` and `merges.txt`
+    (byte-level BPE), or `vocab.txt` (WordPiece).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        if backend.get_vocab_size() == 0:
+            raise ValueError("the tokenizer's vocabulary is empty")
+        self.backend = backend
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer":
+        """Reads the first of the three kinds of files that is there.
+
+        Raises:
+            ValueError: there is none, it cannot be read, or its vocabulary is empty.
+        """
+        folder = Path(directory)
+        try:
+            if (folder / "tokenizer.json").exists():
+                return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+            if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+                return cls(_byte_level_bpe(folder))
+            if (folder / "vocab.txt").exists():
+                return cls(_word_piece(folder))
+        except Exception as error:  # the library raises bare Exception for a broken file
+            raise ValueError(f"cannot read the tokenizer in {folder}: {error}") from None
+        raise ValueError(
+            f"no tokenizer in {folder}: want tokenizer.json, vocab.json and merges.txt, "
+            "or vocab.txt"
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE (https://arxiv.org/abs/1508.07909) learned from `texts`, with one special
+        token, `<|endoftext|>`.
+        """
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def save(self, directory: str | Path) -> None:
+        self.backend.save(str(Path(directory) / "tokenizer.json"))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without the special tokens that some tokenizers put around it."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that separates texts, if the vocabulary has one."""
+        ids = (self.backend.token_to_id(token) for token in ("<|endoftext|>", "</s>", "[SEP]"))
+        return next((i for i in ids if i is not None), None)
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError unless a model with `vocab_size` rows of embeddings fits."""
+        if not self.vocab_size <= vocab_size < self.vocab_size + UNUSED_ROWS:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} tokens, the model's vocabulary {vocab_size}: "
+                "they do not belong together"
+            )
+
+
+def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(
+        models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if backend.token_to_id("<|endoftext|>") is not None:
+        backend.add_special_tokens(["<|endoftext|>"])
+    return backend
+
+
+def _word_piece(folder: Path) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(
+        models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]")
+    )
+    settings = folder / "tokenizer_config.json"
+    options = json.loads(settings.read_text()) if settings.exists() else {}
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=options.get("do_lower_case", True),
+        strip_accents=options.get("strip_accents"),
+        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = {t: backend.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    backend.add_special_tokens([t for t, i in special.items() if i is not None])
+    first, last = special["[CLS]"], special["[SEP]"]
+    if first is not None and last is not None:
+        backend.post_processor = processors.BertProcessing(("[SEP]", last), ("[CLS]", first))
+    return backend

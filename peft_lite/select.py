@@ -1,0 +1,137 @@
+"""Patterns -> modules and parameters.  A pattern that matches nothing is an error.
+
+A module has a native name (`blocks.3.attention.query`) and, where the model carries a table
+`names`, a checkpoint name (`transformer.h.3.attn.attention.q_proj`); either may be matched.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+Patterns = str | Sequence[str]
+V = TypeVar("V")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """` (did you mean 'query'?)`, or nothing when no valid name is near."""
+    close = difflib.get_close_matches(name, sorted(set(valid)), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def hf_name(model: nn.Module, name: str) -> str:
+    """The checkpoint's name of a module or parameter; its own where the model has no table."""
+    names = getattr(model, "names", None)
+    return name if names is None else names.to_hf(name)
+
+
+def native_name(model: nn.Module, name: str) -> str:
+    """The inverse of `hf_name`."""
+    names = getattr(model, "names", None)
+    return name if names is None else names.from_hf(name)
+
+
+def select_modules(
+    model: nn.Module, patterns: Patterns, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+) -> dict[str, nn.Module]:
+    """The modules of the given kinds that `target_modules` names, by native name.
+
+    HF PEFT's rule: a list matches a whole name or its end after a dot; a string is a regular
+    expression over the whole name; `all-linear` is every linear layer but the head.
+    """
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    if patterns == "all-linear":
+        head = _head_names(model)
+        return {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and n not in head}
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hit = _regex(pattern).fullmatch if isinstance(patterns, str) else _ends_with(pattern)
+        matched = {n for n in modules if _any(hit, model, n)}
+        if not matched:
+            ends = {s.rsplit(".", 1)[-1] for n in modules for s in (n, hf_name(model, n))}
+            raise ValueError(
+                f"target {pattern!r} matches no {'/'.join(k.__name__ for k in kinds)} layer of "
+                f"{type(model).__name__}{nearest(pattern, ends)}; layers end in "
+                f"{', '.join(sorted(e for e in ends if not e.isdecimal()))}"
+            )
+        chosen |= matched
+    if not chosen:
+        raise ValueError("target_modules is empty: name at least one layer, or 'all-linear'")
+    return {n: m for n, m in modules.items() if n in chosen}
+
+
+def select_parameters(model: nn.Module, patterns: Patterns) -> set[str]:
+    """Native names of the parameters that `patterns` name, tied ones under every name they have.
+
+    An entry of a list is a run of whole parts of a name: `attention` names all that lies within
+    modules called so, and not `attention_norm`.  A string is a regular expression that is searched
+    in the name.
+    """
+    parameters = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hit = _regex(pattern).search if isinstance(patterns, str) else _has_part(pattern)
+        matched = {n for n in parameters if _any(hit, model, n)}
+        if not matched:
+            parts = {p for n in parameters for s in (n, hf_name(model, n)) for p in s.split(".")}
+            raise ValueError(
+                f"pattern {pattern!r} matches no parameter of "
+                f"{type(model).__name__}{nearest(pattern, parts)}"
+            )
+        chosen |= matched
+    same = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in chosen}
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in same}
+
+
+def resolve_pattern(
+    model: nn.Module, layers: Iterable[str], pattern: Mapping[str, V], field: str
+) -> dict[str, V]:
+    """Layer name -> value, for HF PEFT's `rank_pattern` and `alpha_pattern`: each key is a regular
+    expression for the end of a name after a dot, and the first that matches counts.
+    """
+    values: dict[str, V] = {}
+    layers = list(layers)
+    for key, value in pattern.items():
+        regex = _regex(rf"(.*\.)?({key})")
+        matched = [n for n in layers if _any(regex.fullmatch, model, n)]
+        if not matched:
+            ends = {s.rsplit(".", 1)[-1] for n in layers for s in (n, hf_name(model, n))}
+            raise ValueError(f"{field} {key!r} matches no targeted layer{nearest(key, ends)}")
+        values = {**dict.fromkeys(matched, value), **values}
+    return values
+
+
+def ends_with(name: str, pattern: str) -> bool:
+    """`output.dense` is `encoder.layer.0.output.dense`'s end, `put.dense` is not."""
+    return f".{name}".endswith(f".{pattern}")
+
+
+def _ends_with(pattern: str) -> Callable[[str], object]:
+    return lambda name: ends_with(name, pattern)
+
+
+def _has_part(pattern: str) -> Callable[[str], object]:
+    return lambda name: f".{pattern}." in f".{name}."
+
+
+def _any(matches: Callable[[str], object], model: nn.Module, name: str) -> bool:
+    """Whether the native or the checkpoint name matches."""
+    return bool(matches(name) or matches(hf_name(model, name)))
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    """Names of all modules within the head: ours is called `head`, that of `transformers` is what
+    `get_output_embeddings` gives.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = [n for n, m in model.named_modules() if n == "head" or m is output]
+    return {n for n, _ in model.named_modules() for h in heads if n == h or n.startswith(f"{h}.")}
