@@ -12,13 +12,15 @@ import torch
 
 import peft_lite
 from minigpt import methods, runs
-from minigpt.checkpoint import build, find, head_named, load, read_config
+from minigpt.architectures import build, read_config
+from minigpt.checkpoint import load
 from minigpt.finetune import Finetune, finetune
 from minigpt.generate import generate
 from minigpt.gpt_neo import GPTNeo
 from minigpt.methods import MethodOptions
 from minigpt.options import add_options, option
 from minigpt.pretrain import Pretrain, pretrain
+from minigpt.source import find
 from minigpt.tokenizer import Tokenizer
 from minigpt.train import Interrupted
 
@@ -73,10 +75,9 @@ def generate_text(settings: Generate) -> None:
 
 def info(settings: Info) -> None:
     """Prints the parameter table of a model under a method; no weight is read."""
-    directory = find(settings.model)
-    architecture, config = read_config(directory)
+    architecture, config, head = read_config(find(settings.model))
     with torch.device("meta"):
-        model = build(architecture, config, head_named(directory, architecture), num_labels=2)
+        model = build(architecture, config, head)
         methods.attach(model, settings)
     print(peft_lite.report(model))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minigpt import memory, methods, runs
-from minigpt.checkpoint import find, load, save
+from minigpt.checkpoint import load, save
 from minigpt.data import RandomWindows, consecutive_windows, read_text, split_text
 from minigpt.generate import generate
 from minigpt.gpt_neo import GPTNeo
@@ -17,6 +17,7 @@ from minigpt.methods import MethodOptions
 from minigpt.options import option
 from minigpt.progress import progress_bar
 from minigpt.schedule import SCHEDULES
+from minigpt.source import find
 from minigpt.tokenizer import Tokenizer
 from minigpt.train import TrainConfig, checkpoint_activations, evaluate, train
 from peft_lite import report

@@ -62,6 +62,8 @@ class GPTNeoConfig:
     attention_dropout: float = 0.0
     resid_dropout: float = 0.0
     initializer_range: float = 0.02
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:

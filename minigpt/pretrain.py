@@ -64,6 +64,8 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
             window_size=settings.window_size,
             embed_dropout=settings.dropout,
             resid_dropout=settings.dropout,
+            bos_token_id=tokenizer.end_of_text,
+            eos_token_id=tokenizer.end_of_text,
         )
     )
     train_ids, heldout_ids = (_join(texts, tokenizer) for texts in zip(*parts, strict=True))

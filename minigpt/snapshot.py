@@ -92,6 +92,7 @@ def restore(
 
 def publish(written: Path, final: Path) -> None:
     """Gives a finished file its name, once its bytes are on the disk."""
+    written.chmod(0o644)  # safetensors makes files that only their owner may read
     _flush(written)
     os.replace(written, final)
     _flush(final.parent)

@@ -51,6 +51,7 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
     partial = directory / "adapter.partial"
     contiguous = {name: t.contiguous() for name, t in tensors.items()}
     save_file(contiguous, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes files that only their owner may read
     os.replace(partial, directory / "adapter_model.safetensors")
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     os.replace(partial, directory / "adapter_config.json")

@@ -1,0 +1,84 @@
+"""Where a checkpoint comes from: a directory, the hub or the package, and the tensors in its files.
+
+A directory holds its tensors in `model.safetensors`, in shards with an index, or in an older
+`pytorch_model.bin`, of which only plain tensors are ever unpickled.
+"""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+BUNDLED = Path(__file__).parent / "assets" / "gpt-neo-tales"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def find(source: str | Path) -> Path:
+    """The directory itself, the bundled model's for "bundled", or a local copy of the hub's files.
+
+    Raises:
+        ValueError: there is no such directory, and the hub does not give a model of that id.
+    """
+    path = BUNDLED if source == "bundled" else Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_ID.fullmatch(str(source)):
+        raise ValueError(f"no such model directory: {source}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
+    try:
+        found = Path(snapshot_download(str(source), allow_patterns=files))
+        if not list(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source} is no directory, nor a model of the hub: {reason}") from None
+    return found
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, under the names of its files.
+
+    Raises:
+        ValueError: there is no file of tensors, or one is truncated or holds anything else.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{single}.index.json"
+        if (directory / single).exists():
+            return _read_file(directory / single)
+        if index.exists():
+            tensors: dict[str, Tensor] = {}
+            for shard in _shards(index):
+                tensors |= _read_file(directory / shard)
+            return tensors
+    raise ValueError(
+        f"no weights in {directory}: want model.safetensors or pytorch_model.bin, or their index"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"cannot read {index}: {error!r}") from None
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ValueError(f"{index}: shard {shard!r} lies outside the directory")
+    return shards
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (SafetensorError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot read {path}: truncated or damaged? ({reason})") from None
