@@ -27,4 +27,5 @@ def lora_linear(
     a, b = lora_a.to(y.dtype), lora_b.to(y.dtype)
     xa = F.linear(F.dropout(x, dropout_p), a)
     # the update is added by the product itself: no (M, N) tensor for s x A^T B^T alone
-    return torch.addmm(y.flatten(0, -2), xa.flatten(0, -2), b.T, alpha=scaling).view(y.shape)
+    rows, xa = y.reshape(-1, y.size(-1)), xa.reshape(-1, xa.size(-1))
+    return torch.addmm(rows, xa, b.T, alpha=scaling).view(y.shape)

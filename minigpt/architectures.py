@@ -143,6 +143,12 @@ def read_config(directory: Path) -> tuple[Architecture, Config, str]:
     return architecture, config, head
 
 
+def classes_named(directory: Path) -> int:
+    """Number of classes that a checkpoint's config.json names, else 2."""
+    raw = json.loads((directory / "config.json").read_text())
+    return int(raw.get("num_labels") or len(raw.get("id2label") or (0, 1)))
+
+
 def config_json(model: Model) -> dict[str, Any]:
     """The settings of a model as Hugging Face's config.json has them."""
     kind, architecture, head, classes = architecture_of(model)

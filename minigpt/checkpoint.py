@@ -92,7 +92,7 @@ def save(model: Model, directory: str | Path) -> None:
     if foreign := state.keys() ^ plain.keys():
         raise ValueError(
             f"cannot save: {_some(foreign)} make this no plain {kind} model; "
-            "merge or detach what was attached first"
+            "fold or detach what was attached first"
         )
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():  # a tied one once: transformers ties it again

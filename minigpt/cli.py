@@ -12,7 +12,7 @@ import torch
 
 import peft_lite
 from minigpt import methods, runs
-from minigpt.architectures import build, read_config
+from minigpt.architectures import build, classes_named, read_config
 from minigpt.checkpoint import load
 from minigpt.finetune import Finetune, finetune
 from minigpt.generate import generate
@@ -49,6 +49,8 @@ class Info(MethodOptions):
 
 def generate_text(settings: Generate) -> None:
     """Prints the prompt and its continuation."""
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"--seed is {settings.seed}, must lie in [0, 2^63)")
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,9 +77,10 @@ def generate_text(settings: Generate) -> None:
 
 def info(settings: Info) -> None:
     """Prints the parameter table of a model under a method; no weight is read."""
-    architecture, config, head = read_config(find(settings.model))
+    directory = find(settings.model)
+    architecture, config, head = read_config(directory)
     with torch.device("meta"):
-        model = build(architecture, config, head)
+        model = build(architecture, config, head, classes_named(directory))
         methods.attach(model, settings)
     print(peft_lite.report(model))
 
@@ -133,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out, resume = given.pop("out"), given.pop("resume")
             kind, run = RUNS[command]
             settings: Any = runs.settle(kind, command, given, out, resume)
-            _print_summary(run(settings, out, resume), out)
+            summary = runs.summary(out)
+            if summary is not None:
+                print(f"minigpt: the run in {out} is complete", file=sys.stderr)
+            _print_summary(summary or run(settings, out, resume), out)
         else:
             kind, query = QUERIES[command]
             query(runs.fill(kind, given))

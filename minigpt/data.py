@@ -37,8 +37,11 @@ def read_text(path: Path) -> str:
 
 
 def split_text(text: str, heldout: float) -> tuple[str, str]:
-    """The beginning, to train on, and the last `heldout` share, cut after the end of a line."""
-    cut = text.rfind("\n", 0, round(len(text) * (1 - heldout))) + 1
+    """The beginning, to train on, and the last `heldout` share, cut after the end of a line, or
+    after a space where there is but one line.
+    """
+    limit = round(len(text) * (1 - heldout))
+    cut = (text.rfind("\n", 0, limit) + 1) or (text.rfind(" ", 0, limit) + 1)
     return text[:cut], text[cut:]
 
 

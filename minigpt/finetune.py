@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minigpt import memory, methods, runs
 from minigpt.checkpoint import load, save
+from minigpt.config import positive
 from minigpt.data import RandomWindows, consecutive_windows, read_text, split_text
 from minigpt.generate import generate
 from minigpt.gpt_neo import GPTNeo
@@ -57,6 +58,9 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     before_model = memory.resident()
     if not 0 < settings.heldout < 1:
         raise ValueError(f"--heldout is {settings.heldout}, must lie between 0 and 1")
+    positive(settings, "batch_size", "sequence_length")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"--seed is {settings.seed}, must lie in [0, 2^63)")
     lr = LR[settings.method] if settings.lr is None else settings.lr
     config = TrainConfig(
         steps=settings.steps,
@@ -97,7 +101,8 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
 
     counts = report(model)
     before = evaluate(model, language_model_loss, heldout, settings.bf16)
-    prompt = heldout_ids[None, :PROMPT].to(device)
+    limit = min(PROMPT, model.config.max_position_embeddings // 2)
+    prompt = heldout_ids[None, :limit].to(device)
     sample_before = _sample(model, tokenizer, prompt, settings.seed)
     tokens = size * length * settings.accumulate
     with progress_bar(settings.method, settings.steps, tokens) as observe:

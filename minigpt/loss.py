@@ -44,18 +44,25 @@ def chunked_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor, rows: int 
     """States x (..., D), labels (...) -> the mean loss; `head` maps (rows, D) to (rows, V)."""
     x, labels = x.flatten(0, -2), labels.flatten()
     trained = [p for p in head.parameters() if p.requires_grad]
-    loss: Tensor = _ChunkedCrossEntropy.apply(x, labels, head, rows, *trained)  # type: ignore[no-untyped-call]
+    backward = torch.is_grad_enabled() and (x.requires_grad or bool(trained))
+    loss: Tensor = _ChunkedCrossEntropy.apply(x, labels, head, rows, backward, *trained)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, labels: Tensor, head: nn.Module, rows: int, *trained: Tensor
+        ctx: Any,
+        x: Tensor,
+        labels: Tensor,
+        head: nn.Module,
+        rows: int,
+        backward: bool,
+        *trained: Tensor,
     ) -> Tensor:
-        backward = any(ctx.needs_input_grad)
-        n = (labels != IGNORED).sum()
-        loss = x.new_zeros((), dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # of the sums
+        n = (labels != IGNORED).sum().to(dtype)
+        loss = x.new_zeros((), dtype=dtype)
         dx = torch.empty_like(x) if backward else None
         d_trained: list[Tensor] = []
         for start in range(0, len(x), rows):
@@ -63,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(backward):
                 x_piece = x[piece].detach().requires_grad_(backward)
                 z = head(x_piece)
-            log_p = z.detach().log_softmax(-1, dtype=torch.float32)
+            log_p = z.detach().log_softmax(-1, dtype=dtype)
             index = labels[piece, None].clamp(min=0)
             counted = labels[piece, None] != IGNORED
             loss -= (log_p.gather(1, index) * counted).sum()
@@ -79,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     d_trained.append(d)
                 else:
                     d_trained[i] += d
-        ctx.gradients = (dx, None, None, None, *d_trained)
+        ctx.gradients = (dx, None, None, None, None, *d_trained)
         return loss / n
 
     @staticmethod

@@ -11,6 +11,7 @@ from minigpt.options import option
 
 FREEZE = ("attention", "embeddings")
 TARGET = ("query", "value")
+RANK, ALPHA = 8, 16.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,11 @@ class MethodOptions:
         f"(default: {' '.join(TARGET)})",
         None,
     )
-    rank: int = option("lora: rank r", 8)
-    alpha: float = option("lora: numerator of the scaling alpha / r", 16.0)
-    lora_dropout: float = option("lora: dropout before A", 0.0)
+    rank: int | None = option(f"lora: rank r (default: {RANK})", None)
+    alpha: float | None = option(
+        f"lora: numerator of the scaling alpha / r (default: {ALPHA:g})", None
+    )
+    lora_dropout: float | None = option("lora: dropout before A (default: 0)", None)
     train: list[str] | None = option("freeze: parts of parameter names; only these train", None)
     freeze: list[str] | None = option(
         f"freeze: parts of parameter names; all others train (default: {' '.join(FREEZE)})",
@@ -52,9 +55,9 @@ def _freeze(model: nn.Module, options: MethodOptions) -> peft_lite.Handle:
 def _lora(model: nn.Module, options: MethodOptions) -> peft_lite.Handle:
     config = peft_lite.LoraConfig(
         target_modules=_patterns(options.target or TARGET),
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=options.lora_dropout,
+        r=RANK if options.rank is None else options.rank,
+        lora_alpha=ALPHA if options.alpha is None else options.alpha,
+        lora_dropout=options.lora_dropout or 0.0,
     )
     return peft_lite.attach(model, config)
 
@@ -68,11 +71,14 @@ METHODS: dict[str, Callable[[nn.Module, MethodOptions], peft_lite.Handle | None]
 
 def _check(options: MethodOptions) -> None:
     """An option of another method is a mistake, not something to ignore."""
-    given = {"lora": {"target": options.target}}
-    given["freeze"] = {"train": options.train, "freeze": options.freeze}
-    for method, patterns in given.items():
-        for name, value in patterns.items():
-            if value is not None and options.method != method:
+    of_method = {
+        "lora": ("target", "rank", "alpha", "lora_dropout"),
+        "freeze": ("train", "freeze"),
+    }
+    for method, names in of_method.items():
+        for name in names:
+            if getattr(options, name) is not None and options.method != method:
+                name = name.replace("_", "-")
                 raise ValueError(f"--{name} belongs to --method {method}, not {options.method}")
     if options.train is not None and options.freeze is not None:
         raise ValueError("give either --train or --freeze, not both")

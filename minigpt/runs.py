@@ -44,7 +44,7 @@ def settle(kind: type[S], command: str, given: dict[str, Any], out: Path, resume
                 raise ValueError(
                     f"{option} {given[name]} contradicts the run in {out}, which has {stored[name]}"
                 )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and all(p.suffix == ".partial" for p in out.iterdir())):
         raise ValueError(f"{out} is not an empty folder and holds no run: choose another --out")
     return fill(kind, {**stored, **given})
 
@@ -65,6 +65,15 @@ def claim(out: Path, command: str, settings: Any) -> None:
         write(out / "run.json", {"command": command, "settings": asdict(settings)})
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from None
+
+
+def summary(out: Path) -> dict[str, object] | None:
+    """The summary of a run that is complete; None for one that is not."""
+    path = out / "summary.json"
+    if not path.exists():
+        return None
+    shutil.rmtree(out / "snapshots", ignore_errors=True)  # a kill may have come before
+    return json.loads(path.read_text())
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

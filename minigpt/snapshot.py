@@ -73,15 +73,17 @@ def restore(
             with safe_open(file, framework="pt") as f:
                 state = json.loads(f.metadata()["state"])
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            continue  # cut short or damaged: the one before it is whole
+        except SafetensorError:  # cut short or damaged: the one before it is whole
+            file.replace(file.with_suffix(".damaged"))
+            continue
         _check(file, state, tensors, parameters, frozen)
         for name, p in parameters.items():
             with torch.no_grad():
                 p.copy_(tensors[f"parameter.{name}"])
             optimizer.state[p] = {
-                key: tensors[f"optimizer.{key}.{name}"].to(p.device)
+                key: tensors[entry].to(p.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
+                if (entry := f"optimizer.{key}.{name}") in tensors
             }
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
@@ -111,13 +113,13 @@ def _check(
     parameters: Mapping[str, nn.Parameter],
     frozen: str,
 ) -> None:
-    if state["frozen"] != frozen:
-        raise ValueError(f"{file} belongs to another base model: the frozen weights differ")
     shapes = {f"parameter.{name}": p.shape for name, p in parameters.items()}
     found = {name: t.shape for name, t in saved.items() if name.startswith("parameter.")}
     if found != shapes:
         different = sorted({name for name, _ in found.items() ^ shapes.items()})
         raise ValueError(f"{file} trains other tensors than this run: {', '.join(different[:4])}")
+    if state["frozen"] != frozen:
+        raise ValueError(f"{file} belongs to another base model: the frozen weights differ")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -74,8 +74,10 @@ class TrainConfig:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value}, must be a positive number")
         for field in ("warmup_steps", "weight_decay", "evaluate_every", "snapshot_every"):
-            if getattr(self, field) < 0:
+            if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}, must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}, must lie in [0, 1)")
         if self.schedule_length < self.steps:
             raise ValueError(
                 f"schedule_steps is {self.schedule_steps}, must be at least steps = {self.steps}"
@@ -171,10 +173,11 @@ def train(
                 rows.append(row)
                 if run:
                     run.record(row)
-                    if _due(t + 1, config.snapshot_every) or stop.is_set() or t + 1 == config.steps:
-                        run.snapshot(t + 1)
                 observe(row)
-                if stop.is_set() and t + 1 < config.steps:
+                last, stopping = t + 1 == config.steps, stop.is_set()
+                if run and (_due(t + 1, config.snapshot_every) or stopping or last):
+                    run.snapshot(t + 1)
+                if stopping and not last:
                     raise Interrupted(f"interrupted after step {t + 1} of {config.steps}")
     finally:
         optimizer.zero_grad()
@@ -187,8 +190,12 @@ def _backward(
 ) -> float:
     """Adds up the gradient of the mean loss over all labels of `micro`; returns that loss."""
     n = sum(_labels(batch) for batch in micro)
+    if n == 0:
+        raise ValueError("a step has no label: nothing to learn from")
     total = 0.0
     for batch in micro:
+        if _labels(batch) == 0:
+            continue  # no say, and its mean over no label is NaN
         with _autocast(device, bf16):
             share = loss(model, _to(batch, device)) * (_labels(batch) / n)
         share.backward()
@@ -212,10 +219,14 @@ def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool 
     try:
         total, n = 0.0, 0
         for batch in batches:
+            if _labels(batch) == 0:
+                continue
             batch = _to(batch, next(model.parameters()).device)
             with _autocast(batch["labels"].device, bf16):
                 total += loss(model, batch).item() * _labels(batch)
             n += _labels(batch)
+        if n == 0:
+            raise ValueError("nothing to evaluate: the batches have no label")
         return total / n
     finally:
         model.train(was_training)
@@ -254,7 +265,9 @@ class _Run:
     def restore(self) -> list[Row]:
         """Puts the newest snapshot back and drops the metrics of the steps after it."""
         step = snapshot.restore(self.snapshots, self.parameters, self.optimizer, self.frozen)
-        lines = self.metrics.read_text().splitlines()[:step] if step else []
+        lines = self.metrics.read_text().splitlines()[:step] if self.metrics.exists() else []
+        if len(lines) < step:
+            raise ValueError(f"{self.metrics} has {len(lines)} rows, the snapshot {step} steps")
         rewritten = self.metrics.with_suffix(".partial")
         rewritten.write_text("".join(f"{line}\n" for line in lines))
         snapshot.publish(rewritten, self.metrics)

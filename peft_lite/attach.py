@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from peft_lite.freeze import FreezeConfig
 from peft_lite.lora import LoraConfig, LoraLinear
 from peft_lite.report import Report, report
 
-_attached: WeakKeyDictionary[nn.Module, "Handle"] = WeakKeyDictionary()
+_attached: WeakSet[nn.Module] = WeakSet()  # a handle holds its model, so no handles here
 
 
 class Handle(Protocol):
@@ -28,6 +28,9 @@ class Handle(Protocol):
 
     def unmerge(self) -> None:
         """Restores the original weights to the bit."""
+
+    def fold(self) -> None:
+        """Merges for good and takes the method off: a plain model with the new weights is left."""
 
     def detach(self) -> None:
         """Takes the method off: modules and `requires_grad` are what they were."""
@@ -46,7 +49,7 @@ def attach(model: nn.Module, config: LoraConfig | FreezeConfig) -> Handle:
         ValueError: a pattern matches nothing, or the model carries a method already.  The model is
             then as it was.
     """
-    if model in _attached:
+    if model in _attached or any(isinstance(m, LoraLinear) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} carries a method already: detach it first")
     handle: Handle
     if isinstance(config, LoraConfig):
@@ -55,7 +58,7 @@ def attach(model: nn.Module, config: LoraConfig | FreezeConfig) -> Handle:
         handle = FreezeHandle(model, config)
     else:
         raise ValueError(f"{type(config).__name__} is no config: want LoraConfig or FreezeConfig")
-    _attached[model] = handle
+    _attached.add(model)
     return handle
 
 
@@ -82,6 +85,7 @@ class LoraHandle:
     def __init__(self, model: nn.Module, config: LoraConfig) -> None:
         self.model, self.config = model, config
         self.layers: Mapping[str, LoraLinear] = lora.wrap(model, config)
+        self.is_detached = False
         self._flags = _flags(model)
         model.requires_grad_(False)
         for name, layer in self.layers.items():
@@ -111,12 +115,22 @@ class LoraHandle:
         for layer in self.layers.values():
             layer.unmerge()
 
+    def fold(self) -> None:
+        _check_attached(self)
+        if any(layer.original is None for layer in self.layers.values()):
+            self.merge()
+        self._take_off()
+
     def detach(self) -> None:
+        _check_attached(self)
         self.unmerge()
+        self._take_off()
+
+    def _take_off(self) -> None:
         for name, layer in self.layers.items():
             layer.base.train(layer.training)
             self.model.set_submodule(name, layer.base, strict=True)
-        _restore(self.model, self._flags)
+        _restore(self, self._flags)
 
     def state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -141,6 +155,7 @@ class FreezeHandle:
     def __init__(self, model: nn.Module, config: FreezeConfig) -> None:
         self.model, self.config = model, config
         self.names = freeze.chosen(model, config)
+        self.is_detached = False
         self._flags = _flags(model)
         for name, p in model.named_parameters(remove_duplicate=False):
             p.requires_grad_(name in self.names)
@@ -154,8 +169,12 @@ class FreezeHandle:
     def unmerge(self) -> None:
         raise ValueError("freezing trains the weights themselves: there is nothing to unmerge")
 
+    def fold(self) -> None:
+        raise ValueError("freezing trains the weights themselves: there is nothing to fold")
+
     def detach(self) -> None:
-        _restore(self.model, self._flags)
+        _check_attached(self)
+        _restore(self, self._flags)
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -172,7 +191,13 @@ def _flags(model: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    for name, p in model.named_parameters():
+def _restore(handle: LoraHandle | FreezeHandle, flags: Mapping[str, bool]) -> None:
+    for name, p in handle.model.named_parameters():
         p.requires_grad_(flags[name])
-    del _attached[model]
+    handle.is_detached = True
+    _attached.discard(handle.model)
+
+
+def _check_attached(handle: LoraHandle | FreezeHandle) -> None:
+    if handle.is_detached:
+        raise ValueError("the method is detached already")

@@ -125,11 +125,8 @@ def freeze_config(config: FreezeConfig) -> dict[str, Any]:
 
 def _shortest_ends(model: nn.Module, chosen: set[str]) -> list[str]:
     """The shortest ends of names that name these layers and no other: `["q_proj", "v_proj"]`."""
-    every = {
-        hf_name(model, name.removesuffix(".base"))
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | nn.Embedding | LoraLinear)
-    }
+    # containers as well: PEFT refuses to target one
+    every = {hf_name(model, name.removesuffix(".base")) for name, _ in model.named_modules()}
     longest = max(name.count(".") for name in chosen) + 1
     for parts in range(1, longest + 1):
         ends = {".".join(name.split(".")[-parts:]) for name in chosen}
@@ -141,7 +138,7 @@ def _shortest_ends(model: nn.Module, chosen: set[str]) -> list[str]:
 def _read_lora(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
     fields = set(LoraConfig.__dataclass_fields__)
     for name, value in raw.items():
-        if name in fields or name in HARMLESS or value in (None, False, "none", [], {}):
+        if name in fields or name in HARMLESS or _is_unset(value):
             continue
         if name == "init_lora_weights" and value in STARTS:
             continue
@@ -149,7 +146,15 @@ def _read_lora(path: Path, raw: Mapping[str, Any]) -> LoraConfig:
     if not raw.get("target_modules"):
         raise ValueError(f"{path}: no target_modules")
     settings = {n: raw[n] for n in fields if raw.get(n) is not None}
-    return LoraConfig(**settings)
+    try:
+        return LoraConfig(**settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _is_unset(value: object) -> bool:
+    """Whether a field says that its feature is off; 0 does not: it may be the number of a layer."""
+    return value is None or value is False or value in ("none", [], {})
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -158,6 +163,17 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     try:
         if path == safe:
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise ValueError(f"cannot read {path}: {reason}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"cannot read {path}: it holds something else than named tensors")
+    return tensors

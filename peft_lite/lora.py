@@ -12,10 +12,12 @@ Shapes:  R rank   in, out: the layer's widths
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kernels import lora_linear
 from peft_lite.select import Patterns, resolve_pattern, select_modules
@@ -44,13 +46,26 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, str) and not (
+            isinstance(self.target_modules, Sequence)
+            and all(isinstance(name, str) for name in self.target_modules)
+        ):
+            raise ValueError(
+                f"target_modules is {self.target_modules!r}, must be names or a string"
+            )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be a dictionary")
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora is {self.use_rslora!r}, must be true or false")
         for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or r < 1:
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"rank r is {r}, must be a whole number of at least 1")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not 0 < alpha < math.inf:
+            if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
                 raise ValueError(f"lora_alpha is {alpha}, must be a positive number")
-        if not 0 <= self.lora_dropout < 1:
+        p = self.lora_dropout
+        if not isinstance(p, int | float) or not 0 <= p < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, must lie in [0, 1)")
 
 
@@ -67,7 +82,8 @@ class LoraLinear(nn.Module):
         self.alpha = alpha
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.dropout = dropout
-        self.original: Tensor | None = None  # W, while the base holds W'
+        self.original: Tensor | None  # W, while the base holds W'; a buffer, to move with the model
+        self.register_buffer("original", None, persistent=False)
         bound = 1 / math.sqrt(base.in_features)
         nn.init.uniform_(self.lora_a, -bound, bound)
 
@@ -101,6 +117,11 @@ class LoraLinear(nn.Module):
 def wrap(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
     """A LoraLinear for each layer that the config names; the model itself is not touched."""
     layers = select_modules(model, config.target_modules)
+    for name, layer in layers.items():
+        if not name:
+            raise ValueError("the model is itself a linear layer: put it into a module of its own")
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            raise ValueError(f"{name}: nn.MultiheadAttention reads the weight past the layer")
     ranks = resolve_pattern(model, layers, config.rank_pattern, "rank_pattern")
     alphas = resolve_pattern(model, layers, config.alpha_pattern, "alpha_pattern")
     return {

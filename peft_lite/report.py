@@ -43,10 +43,10 @@ class Report:
     @property
     def share(self) -> float:
         """Trainable over total, in percent."""
-        return 100 * self.trainable / self.total
+        return 100 * self.trainable / max(1, self.total)
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
+        width = max((len(row.name) for row in self.rows), default=len("parameter"))
         head = f"{'parameter':<{width}}  tensors      trainable          total"
         lines = [
             f"{row.name:<{width}}  {row.tensors:>7}  {row.trainable:>13,}  {row.total:>13,}"

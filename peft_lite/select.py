@@ -44,7 +44,13 @@ def select_modules(
     modules = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     if patterns == "all-linear":
         head = _head_names(model)
-        return {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and n not in head}
+        linear: dict[str, nn.Module] = {
+            n: m for n, m in modules.items() if isinstance(m, nn.Linear) and n not in head
+        }
+        if not linear:
+            kind = type(model).__name__
+            raise ValueError(f"'all-linear' matches no layer of {kind} but the head")
+        return linear
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hit = _regex(pattern).fullmatch if isinstance(patterns, str) else _ends_with(pattern)
@@ -81,6 +87,8 @@ def select_parameters(model: nn.Module, patterns: Patterns) -> set[str]:
                 f"{type(model).__name__}{nearest(pattern, parts)}"
             )
         chosen |= matched
+    if not chosen:
+        raise ValueError("no pattern given, so nothing is named: name at least one parameter")
     same = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in chosen}
     return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in same}
 
@@ -129,9 +137,9 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _head_names(model: nn.Module) -> set[str]:
-    """Names of all modules within the head: ours is called `head`, that of `transformers` is what
-    `get_output_embeddings` gives.
+    """Names of the layer that gives the logits: ours is called `head` or lies in it, that of
+    `transformers` is what `get_output_embeddings` gives.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = [n for n, m in model.named_modules() if n == "head" or m is output]
-    return {n for n, _ in model.named_modules() for h in heads if n == h or n.startswith(f"{h}.")}
+    ours = ("head", "head.decoder", "head.classifier")
+    return {n for n, m in model.named_modules() if n in ours or m is output}

@@ -1,0 +1,34 @@
+"""All benchmarks, one after the other, then their tables."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.common import RESULTS
+from benchmarks.tables import ROOT
+
+BENCHMARKS = ("training_step", "memory", "generation", "startup")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSV files go")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--rounds", type=int, help="measurements of each side, alternating")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
+    given = parser.parse_args()
+    for name in BENCHMARKS:
+        options = ["--out", given.out, "--threads", given.threads]
+        if given.rounds is not None and name != "memory":
+            options += ["--rounds", given.rounds]
+        _run(name, *options)
+    _run("tables", "--out", given.out, "--root", given.root)
+
+
+def _run(name: str, *options: object) -> None:
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *map(str, options)], check=True)
+
+
+if __name__ == "__main__":
+    main()

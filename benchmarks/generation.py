@@ -1,0 +1,82 @@
+"""Seconds of greedy generation: 64 tokens after 16, fp32, with a cache; ours against transformers.
+
+Once for one prompt, and once for four of different lengths, padded at the left.  Both sides live in
+one process and generate in turn, after one warm-up each; they must choose the same tokens.
+
+    python -m benchmarks.generation               -> results/generation.csv
+    columns: batch, side, round, seconds, new_tokens
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write
+from benchmarks.sides import VOCABULARY
+from minigpt import GPTNeo, generate, load
+
+PROMPT, NEW = 16, 64
+LENGTHS = {1: (16,), 4: (16, 13, 9, 4)}  # batch size -> real tokens of each prompt
+PADDING = 0
+
+Generate = Callable[[Tensor, Tensor], Tensor]
+
+
+def prompts(size: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, (size, 16) each."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (size, PROMPT), generator=random)
+    mask = torch.tensor([[i >= PROMPT - n for i in range(PROMPT)] for n in LENGTHS[size]]).long()
+    return ids.where(mask == 1, PADDING), mask
+
+
+def ours(directory: Path) -> Generate:
+    model = load(directory)
+    assert isinstance(model, GPTNeo)
+    return lambda ids, mask: generate(model, ids, NEW, attention_mask=mask, temperature=0)
+
+
+def theirs(directory: Path) -> Generate:
+    from transformers import GPTNeoForCausalLM
+
+    model: Any = GPTNeoForCausalLM.from_pretrained(directory)
+    model.generation_config.eos_token_id = None  # like ours: as many tokens as asked for
+    model.generation_config.pad_token_id = PADDING
+    return lambda ids, mask: model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False
+    )
+
+
+def measure(directory: Path, size: int, rounds: int) -> list[dict[str, object]]:
+    """The rows of one batch size."""
+    sides = {OURS: ours(directory), THEIRS: theirs(directory)}
+    ids, mask = prompts(size)
+    chosen = {side: generated(ids, mask) for side, generated in sides.items()}  # warm-up
+    if not torch.equal(chosen[OURS], chosen[THEIRS]):
+        raise ValueError(f"batch {size}: the two sides chose different tokens")
+    rows: list[dict[str, object]] = []
+    for i in range(rounds):
+        for side, generated in sides.items():
+            begin = time.perf_counter()
+            generated(ids, mask)
+            seconds = time.perf_counter() - begin
+            row = {"batch": size, "side": side, "round": i + 1}
+            rows.append({**row, "seconds": seconds, "new_tokens": NEW})
+    return rows
+
+
+def main() -> None:
+    given = options(__doc__ or "", rounds=15).parse_args()
+    rows: list[dict[str, object]] = []
+    with checkpoint(given.threads) as directory:
+        for size in LENGTHS:
+            rows += fresh(given.threads, measure, directory, size, given.rounds)
+    write(given.out / "generation.csv", given.threads, rows)
+
+
+if __name__ == "__main__":
+    main()

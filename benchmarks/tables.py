@@ -1,0 +1,183 @@
+"""Tables and a plot of the result files: docs/benchmarks.md, docs/benchmarks.png and README.md.
+
+A ratio is ours / theirs: below 1, this project needs less.  Of times it is the ratio of the
+medians; beside it stand the quartiles of the single rounds' ratios, whose two sides ran one right
+after the other.
+
+    python -m benchmarks.tables
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
+from benchmarks.startup import TORCH
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+TITLES = {
+    "full": "full fine-tuning",
+    "frozen": "attention, embeddings frozen",
+    "lora": "LoRA on query, value",
+    "lora-all": "LoRA on all linears",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison: a name, both sides' values in `unit`, and the ratio ours / theirs."""
+
+    name: str
+    ours: float
+    theirs: float
+    unit: str
+    ratios: Sequence[float] = ()  # of the single rounds
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+    def cells(self) -> list[str]:
+        values = [f"{value:.3g} {self.unit}" for value in (self.ours, self.theirs)]
+        first, _, third = quartiles(self.ratios) if self.ratios else (0.0, 0.0, 0.0)
+        spread = f"{first:.2f} to {third:.2f}" if self.ratios else ""
+        return [self.name, *values, f"{self.ratio:.2f}", spread]
+
+
+def timed(name: str, rows: Iterable[Mapping[str, str]], minus: str | None = None) -> Line:
+    """Medians of the two sides' `seconds`, less what side `minus` took in the same round."""
+    rounds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        rounds.setdefault(row["round"], {})[row["side"]] = float(row["seconds"])
+    pairs = [tuple(r[s] - (r[minus] if minus else 0) for s in SIDES) for r in rounds.values()]
+    ours, theirs = (quartiles(seconds)[1] for seconds in zip(*pairs, strict=True))
+    return Line(name, ours, theirs, "s", [a / b for a, b in pairs])
+
+
+def training_step(rows: Sequence[Mapping[str, str]]) -> list[Line]:
+    return [
+        timed(TITLES[m], [r for r in rows if r["method"] == m]) for m in _values(rows, "method")
+    ]
+
+
+def memory(rows: Sequence[Mapping[str, str]], above_imports: bool = False) -> list[Line]:
+    """The peaks, whole or less what the process held before it built the model."""
+    peak = {
+        (r["method"], r["side"]): int(r["peak_bytes"])
+        - (int(r["before_model_bytes"]) if above_imports else 0)
+        for r in rows
+    }
+    methods = _values(rows, "method")
+    return [Line(TITLES[m], peak[m, OURS] / 1e9, peak[m, THEIRS] / 1e9, "GB") for m in methods]
+
+
+def generation(rows: Sequence[Mapping[str, str]]) -> list[Line]:
+    titles = {"1": "one prompt", "4": "four prompts, padded"}
+    return [timed(titles[b], [r for r in rows if r["batch"] == b]) for b in _values(rows, "batch")]
+
+
+def startup(rows: Sequence[Mapping[str, str]]) -> list[Line]:
+    return [timed("beyond `import torch`", rows, minus=TORCH), timed("in all", rows)]
+
+
+def table(lines: Iterable[Line], timed: bool = True) -> str:
+    """Markdown.  `timed`: with a column for the quartiles of the ratios."""
+    columns = ["", OURS, THEIRS, "ratio", "quartiles"][: 5 if timed else 4]
+    head = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    return "\n".join([*head, *(_row(line.cells()[: len(columns)]) for line in lines)])
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _values(rows: Iterable[Mapping[str, str]], column: str) -> list[str]:
+    """The different values of a column, in the order of the file."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def replace(path: Path, text: str) -> None:
+    """Puts `text` between the markers of a file; a file without them stays as it is."""
+    old = path.read_text() if path.exists() else ""
+    if BEGIN not in old or END not in old:
+        print(f"{path}: no markers {BEGIN} {END}")
+        return
+    before, rest = old.split(BEGIN, 1)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    print(path)
+
+
+def plot(path: Path, panels: Mapping[str, Sequence[Line]]) -> None:
+    """A group of bars for each line, ours dark and theirs hatched."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6), layout="constrained")
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+        places = range(len(lines))
+        below = [p + 0.2 for p in places]
+        above = [p - 0.2 for p in places]
+        ours = axis.barh(above, [x.ours for x in lines], 0.38, color="0.25", edgecolor="black")
+        theirs = axis.barh(
+            below, [x.theirs for x in lines], 0.38, color="white", edgecolor="black", hatch="///"
+        )
+        for bars in (ours, theirs):
+            axis.bar_label(bars, fmt="{:.3g}", padding=3)
+        axis.set_yticks(places, [x.name.replace("`", "") for x in lines])
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("GB" if lines[0].unit == "GB" else "seconds")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend([ours, theirs], SIDES, loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSV files are")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
+    given = parser.parse_args()
+
+    facts, steps = read(given.out / "training_step.csv")
+    _, peaks = read(given.out / "memory.csv")
+    _, generated = read(given.out / "generation.csv")
+    _, started = read(given.out / "startup.csv")
+    sections = {
+        "A training step": training_step(steps),
+        "Peak memory of training": memory(peaks),
+        "Greedy generation of 64 tokens": generation(generated),
+        "Import, load and first forward pass": startup(started),
+    }
+    machine = ", ".join(f"{name} {value}" for name, value in facts.items())
+    text = [f"Measured on: {machine}.", "", "![](benchmarks.png)", ""]
+    for title, lines in sections.items():
+        text += [f"### {title}", "", table(lines, timed=lines[0].unit == "s"), ""]
+    text += ["### Peak memory of training above the imports", ""]
+    text += [table(memory(peaks, above_imports=True), timed=False)]
+    docs = given.root / "docs"
+    docs.mkdir(exist_ok=True)
+    page = docs / "benchmarks.md"
+    if not page.exists():
+        page.write_text(f"# Benchmarks\n\n{BEGIN}\n{END}\n")
+    replace(page, "\n".join(text))
+    short = [
+        Line(f"{title}: {x.name}", x.ours, x.theirs, x.unit, x.ratios)
+        for title, lines in sections.items()
+        for x in lines
+    ]
+    replace(given.root / "README.md", table(short))
+    plot(docs / "benchmarks.png", sections)
+
+
+if __name__ == "__main__":
+    main()
