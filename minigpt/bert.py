@@ -77,6 +77,8 @@ class BertConfig:
         positive(self, "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size")
         positive(self, "num_hidden_layers", "num_attention_heads", "intermediate_size")
         probability(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
+        if self.classifier_dropout is not None:
+            probability(self, "classifier_dropout")
         one_of(self, "hidden_act", ACTIVATIONS)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

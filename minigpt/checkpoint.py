@@ -174,14 +174,19 @@ def _missing(model: Model, state: Mapping[str, Tensor], names: Names) -> list[st
 def _initialize(model: Model, dtype: torch.dtype, device: torch.device) -> None:
     """Gives fresh values to what is still on the meta device."""
     for module in model.modules():
-        fresh = [(n, p) for n, p in module.named_parameters(recurse=False) if p.is_meta]
-        for name, p in fresh:
+        own = dict(module.named_parameters(recurse=False))
+        fresh = {name for name, p in own.items() if p.is_meta}
+        if not fresh:
+            continue
+        for name, p in own.items():
             empty = torch.empty(p.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty))
-        if fresh and isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
-        elif fresh:
+        else:
             model.initialize(module)
+        for name in own.keys() - fresh:  # the tied weight beside a fresh bias stays what it is
+            setattr(module, name, own[name])
 
 
 def _some(names: Iterable[str]) -> str:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from minigpt.gpt_neo import GPTNeo
+from minigpt.mode import mode
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: GPTNeo,
     input_ids: Tensor,
@@ -38,17 +39,16 @@ def generate(
     Raises:
         ValueError: a setting outside its range, padding at the right, more tokens than positions.
     """
-    B, T = input_ids.shape
     _check(model, input_ids, max_new_tokens, attention_mask, temperature, top_k, top_p)
+    _check_eos(model, eos_token_id)
+    B, T = input_ids.shape
     padded = attention_mask is not None and not bool(attention_mask.all())
     mask = attention_mask if padded else None
     position_ids = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     caches = model.new_caches(B, T + max_new_tokens)
     finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
     ids, new = input_ids, input_ids
-    was_training = model.training
-    model.eval()
-    try:
+    with mode(model, training=False):
         for _ in range(max_new_tokens):
             x = model.hidden(new, mask, position_ids, caches)
             new = _choose(model.head(x[:, -1]), temperature, top_k, top_p, generator)  # (B, 1)
@@ -61,8 +61,6 @@ def generate(
                 position_ids = position_ids[:, -1:] + 1
             if eos_token_id is not None and bool(finished.all()):
                 break
-    finally:
-        model.train(was_training)
     return ids
 
 
@@ -122,3 +120,9 @@ def _check(
             f"{input_ids.size(1)} tokens and {max_new_tokens} new ones exceed the {limit} "
             "positions of the model"
         )
+
+
+def _check_eos(model: GPTNeo, eos_token_id: int | None) -> None:
+    size = model.config.vocab_size
+    if eos_token_id is not None and not 0 <= eos_token_id < size:
+        raise ValueError(f"eos_token_id is {eos_token_id}, must lie in [0, {size})")

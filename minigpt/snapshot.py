@@ -3,7 +3,7 @@
 `step-000120.safetensors` holds the trainable tensors, the optimizer's, the random generators', and
 in its header the number of updates made and a fingerprint of everything frozen.  A file is written
 under another name, flushed to the disk and then renamed; the one before it stays until the next, so
-a kill at any moment, or a file damaged later, costs steps but never the run.
+a kill at any moment, or a file cut short later, costs steps but never the run.
 """
 
 import hashlib

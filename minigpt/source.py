@@ -38,7 +38,7 @@ def find(source: str | Path) -> Path:
         if not list(found.glob("*.safetensors")):
             found = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{source} is no directory, nor a model of the hub: {reason}") from None
     return found
 
@@ -69,7 +69,7 @@ def _shards(index: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise ValueError(f"cannot read {index}: {error!r}") from None
     for shard in shards:
-        if Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{index}: shard {shard!r} lies outside the directory")
     return shards
 
@@ -78,7 +78,19 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or ["it ends too early"])[0]
         raise ValueError(f"cannot read {path}: truncated or damaged? ({reason})") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
+    ):
+        raise ValueError(f"cannot read {path}: it holds something else than named tensors")
+    return tensors

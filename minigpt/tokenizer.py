@@ -18,6 +18,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if backend.get_vocab_size() == 0:
             raise ValueError("the tokenizer's vocabulary is empty")
+        backend.no_padding()  # some files ask for it: a text is as long as it is
+        backend.no_truncation()
         self.backend = backend
 
     @classmethod

@@ -31,6 +31,7 @@ from minigpt import schedule, snapshot
 from minigpt.config import one_of, positive
 from minigpt.data import Batch
 from minigpt.loss import IGNORED
+from minigpt.mode import mode
 
 Loss = Callable[[Any, Batch], Tensor]
 Row = dict[str, float]
@@ -144,10 +145,8 @@ def train(
     rows = run.restore() if run and resume else []
     if run and not resume:
         run.start()
-    was_training = model.training
-    model.train()
     try:
-        with _stop_requested() as stop:
+        with mode(model, training=True), _stop_requested() as stop:
             for t in range(len(rows), config.steps):
                 begin = time.perf_counter()
                 for group in optimizer.param_groups:
@@ -181,7 +180,6 @@ def train(
                     raise Interrupted(f"interrupted after step {t + 1} of {config.steps}")
     finally:
         optimizer.zero_grad()
-        model.train(was_training)
     return rows
 
 
@@ -214,10 +212,8 @@ def _check_finite(step: int, loss: float, norm: float, run: "_Run | None") -> No
 @torch.no_grad()
 def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool = False) -> float:
     """Mean loss over all labels of `batches`, in nats, without dropout; the mode stays."""
-    was_training = model.training
-    model.eval()
-    try:
-        total, n = 0.0, 0
+    total, n = 0.0, 0
+    with mode(model, training=False):
         for batch in batches:
             if _labels(batch) == 0:
                 continue
@@ -225,11 +221,9 @@ def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool 
             with _autocast(batch["labels"].device, bf16):
                 total += loss(model, batch).item() * _labels(batch)
             n += _labels(batch)
-        if n == 0:
-            raise ValueError("nothing to evaluate: the batches have no label")
-        return total / n
-    finally:
-        model.train(was_training)
+    if n == 0:
+        raise ValueError("nothing to evaluate: the batches have no label")
+    return total / n
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:

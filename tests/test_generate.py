@@ -48,9 +48,11 @@ def test_real_size_batch_with_padding_equals_each_prompt_alone(gpt_neo_125m, rea
         assert torch.equal(row[230:], expected[len(prompt) :])
 
 
-def test_small_batch_with_padding_equals_transformers(tiny_neo):
+@pytest.mark.parametrize("lengths", [(3, 8, 6, 1), (8, 8)], ids=["padded", "unpadded"])
+def test_small_batch_equals_transformers(tiny_neo, lengths):
+    """Far beyond the window of 5."""
     hf, ours = tiny_neo
-    ids, mask = left_padded([tokens(101, n, seed=n) for n in (3, 8, 6, 1)])
+    ids, mask = left_padded([tokens(101, n, seed=n + i) for i, n in enumerate(lengths)])
     theirs = hf.generate(
         ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=7
     )
