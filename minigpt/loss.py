@@ -70,15 +70,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(backward):
                 x_piece = x[piece].detach().requires_grad_(backward)
                 z = head(x_piece)
-            log_p = z.detach().log_softmax(-1, dtype=dtype)
             index = labels[piece, None].clamp(min=0)
             counted = labels[piece, None] != IGNORED
-            loss -= (log_p.gather(1, index) * counted).sum()
+            # from here on in place, in whatever layout the head gave: e = exp(z - max z), t = sum e
+            e = z.detach().to(dtype)
+            largest = e.amax(-1, keepdim=True)
+            shifted = e.gather(1, index) - largest
+            t = e.sub_(largest).exp_().sum(-1, keepdim=True)
+            loss += ((t.log() - shifted) * counted).sum()
             if dx is None:
                 continue
             # dz = (softmax(z) - onehot(y)) / n
-            dz = log_p.exp_().scatter_add_(1, index, -counted.to(log_p.dtype))
-            dz *= counted / n
+            dz = e.mul_(counted / (n * t)).scatter_add_(1, index, -(counted / n))
             inputs = (x_piece, *trained)
             dx[piece], *d_piece = torch.autograd.grad(z, inputs, dz.to(z.dtype))
             for i, d in enumerate(d_piece):
