@@ -14,6 +14,7 @@ import minigpt
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 TOLERANCE = 2e-5  # of the largest magnitude, fp32 through some tens of layers
 
+torch.set_num_threads(1)  # small models: more threads would wait for each other
 transformers.utils.logging.disable_progress_bar()
 
 
