@@ -12,7 +12,7 @@ from rich.table import Table
 
 ASSETS = Path(__file__).parent / "assets"
 TALE = ASSETS / "tales" / "carroll.txt"
-COMMON = ["--model", "bundled", "--text", str(TALE), "--steps", "120", "--batch-size", "8"]
+COMMON = ["--model", "bundled", "--text", str(TALE), "--steps", "60", "--evaluate-every", "10"]
 METHODS = {
     "full": ["--lr", "3e-4"],
     "freeze": ["--lr", "5e-4"],  # attention and embeddings stay, MLPs and norms train
@@ -47,19 +47,12 @@ def main() -> int:
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """One row a method."""
     shown = Table(
-        title=f"GPT-Neo of {results['full']['total_parameters']:,} parameters, {TALE.name}"
+        title=f"GPT-Neo of {results['full']['total_parameters']:,} parameters, {TALE.name}",
+        caption="held-out loss in nats a token; memory: before the model, peak",
     )
-    for column in (
-        "method",
-        "trainable",
-        "%",
-        "held-out before",
-        "after (nats)",
-        "seconds",
-        "peak MB",
-        "before the model MB",
-    ):
-        shown.add_column(column, justify="left" if column == "method" else "right")
+    names = ("method", "trainable", "%", "before", "after", "seconds", "start MB", "peak MB")
+    for column in names:
+        shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for method, r in results.items():
         shown.add_row(
             method,
@@ -68,8 +61,8 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
             f"{r['heldout_loss_before']:.3f}",
             f"{r['heldout_loss_after']:.3f}",
             f"{r['seconds']:.1f}",
-            f"{r['peak_memory_bytes'] / 1e6:.0f}",
             f"{r['memory_before_model_bytes'] / 1e6:.0f}",
+            f"{r['peak_memory_bytes'] / 1e6:.0f}",
         )
     return shown
 
