@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from minigpt import bert, gpt_neo
 from minigpt.bert import Bert, BertConfig
@@ -89,6 +91,25 @@ def build(architecture: Architecture, config: Any, head: str, num_labels: int = 
     if architecture.model is Bert:
         return Bert(config, head, num_labels)
     return GPTNeo(config, head)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out the drawing of random numbers, which on the meta device would draw nothing but
+    import a compiler first, more than a second's work.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def outline(architecture: Architecture, config: Any, head: str, num_labels: int = 2) -> Model:
+    """A model on the meta device: names and shapes without values."""
+    with torch.device("meta"), _NoDraws():
+        return build(architecture, config, head, num_labels)
 
 
 def architecture_of(model: Model) -> tuple[str, Architecture, str, int]:

@@ -18,8 +18,8 @@ from minigpt.architectures import (
     Architecture,
     Model,
     architecture_of,
-    build,
     config_json,
+    outline,
     read_config,
 )
 from minigpt.names import Names
@@ -60,8 +60,7 @@ def load(
     elif classifier is not None and len(classifier) != num_labels:
         # another task's classifier: a fresh one takes its place
         tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
-    with torch.device("meta"):
-        model = build(architecture, config, head, num_labels)
+    model = outline(architecture, config, head, num_labels)
     try:
         state = _match(model, tensors, architecture, head)
         state = {name: t.to(device=device, dtype=dtype) for name, t in state.items()}
@@ -86,8 +85,7 @@ def save(model: Model, directory: str | Path) -> None:
         ValueError: the model holds tensors that its architecture does not (an adapter, say).
     """
     kind, architecture, head, classes = architecture_of(model)
-    with torch.device("meta"):
-        plain = build(architecture, model.config, head, classes).state_dict()
+    plain = outline(architecture, model.config, head, classes).state_dict()
     state = model.state_dict()
     if foreign := state.keys() ^ plain.keys():
         raise ValueError(
