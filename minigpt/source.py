@@ -5,14 +5,12 @@ A directory holds its tensors in `model.safetensors`, in shards with an index, o
 """
 
 import json
-import pickle
 import re
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from peft_lite.tensor_files import read_named_tensors
 
 BUNDLED = Path(__file__).parent / "assets" / "gpt-neo-tales"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -52,11 +50,11 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"
         if (directory / single).exists():
-            return _read_file(directory / single)
+            return read_named_tensors(directory / single)
         if index.exists():
             tensors: dict[str, Tensor] = {}
             for shard in _shards(index):
-                tensors |= _read_file(directory / shard)
+                tensors |= read_named_tensors(directory / shard)
             return tensors
     raise ValueError(
         f"no weights in {directory}: want model.safetensors or pytorch_model.bin, or their index"
@@ -72,25 +70,3 @@ def _shards(index: Path) -> list[str]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{index}: shard {shard!r} lies outside the directory")
     return shards
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        EOFError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or ["it ends too early"])[0]
-        raise ValueError(f"cannot read {path}: truncated or damaged? ({reason})") from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
-    ):
-        raise ValueError(f"cannot read {path}: it holds something else than named tensors")
-    return tensors

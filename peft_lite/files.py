@@ -7,19 +7,17 @@ Freezing, which PEFT does not have, is kept the same way under `"peft_type": "FR
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_lite.freeze import FreezeConfig
 from peft_lite.lora import LoraConfig, LoraLinear
 from peft_lite.select import ends_with, hf_name, nearest
+from peft_lite.tensor_files import read_named_tensors
 
 PREFIX = "base_model.model."
 
@@ -159,21 +157,4 @@ def _is_unset(value: object) -> bool:
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     safe, old = directory / "adapter_model.safetensors", directory / "adapter_model.bin"
-    path = safe if safe.exists() or not old.exists() else old
-    try:
-        if path == safe:
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        EOFError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise ValueError(f"cannot read {path}: {reason}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"cannot read {path}: it holds something else than named tensors")
-    return tensors
+    return read_named_tensors(safe if safe.exists() or not old.exists() else old)
