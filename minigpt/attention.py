@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.slots import NoPrefix, Projection
+
 
 def visible(
     queries: int,
@@ -82,26 +84,6 @@ class Cache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
-class Projection(nn.Module):
-    """x -> q, k, v.  A module of its own so that it can be replaced by one that shares work."""
-
-    def forward(
-        self, x: Tensor, query: nn.Module, key: nn.Module, value: nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return query(x), key(x), value(x)
-
-
-class NoPrefix(nn.Module):
-    """The slot where prefix tuning puts k and v of its own before the real ones, and their columns
-    into the mask.  Empty, it hands on what it gets.
-    """
-
-    def forward(
-        self, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        return k, v, mask, causal
-
-
 class Attention(nn.Module):
     """x (B, T, D) -> (B, T, D).
 
@@ -110,9 +92,18 @@ class Attention(nn.Module):
         scale: factor of the scores, 1 / sqrt(N) in the paper, 1 in GPT-Neo.
         bias: whether query, key and value have a bias; the output projection always has.
         dropout: probability of dropping an attention weight while training.
+        window: how many keys a query sees, for those that add keys; None: all.
     """
 
-    def __init__(self, width: int, heads: int, scale: float, bias: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        scale: float,
+        bias: bool,
+        dropout: float,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
         self.query = nn.Linear(width, width, bias=bias)
         self.key = nn.Linear(width, width, bias=bias)
@@ -123,6 +114,7 @@ class Attention(nn.Module):
         self.attend = fast_attention
         self.head_width = width // heads
         self.scale = scale
+        self.window = window
         self.dropout = dropout
 
     def forward(

@@ -13,12 +13,14 @@ Shapes:  B batch   T time   D width   H heads   N head width   V vocabulary
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.attention import Attention, positions
 from minigpt.config import one_of, positive, probability
 from minigpt.mlp import ACTIVATIONS, MLP
 from minigpt.names import Names
+from minigpt.slots import NoPrompt
 
 NAMES = Names(
     {
@@ -96,10 +98,13 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.prompt = NoPrompt()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        x = self.token(input_ids) + self.position(position_ids) + self.segment(token_type_ids)
+        x, position_ids = self.prompt(self.token(input_ids), position_ids, True)
+        token_type_ids = F.pad(token_type_ids, (self.prompt.length, 0))
+        x = x + self.position(position_ids) + self.segment(token_type_ids)
         return self.dropout(self.norm(x))
 
 
@@ -171,11 +176,13 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.head: nn.Module = nn.Identity()
+        self.classifies = head == "classification"
+        self.task_type = "SEQ_CLS" if self.classifies else "FEATURE_EXTRACTION"  # for HF PEFT
         if head == "masked-lm":
             self.head = MaskedLMHead(config)
         else:
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        if head == "classification":
+        if self.classifies:
             self.head = ClassificationHead(config, num_labels)
         self.apply(self.initialize)
         self.tie()
@@ -190,10 +197,8 @@ class Bert(nn.Module):
         """`attention_mask` (B, T): 0 for padding.  `position_ids` (B or 1, T): 0, 1, 2, ... unless
         given.  `token_type_ids` (B, T): segments, 0 unless given.
         """
-        x = self.hidden(input_ids, attention_mask, position_ids, token_type_ids)
-        if isinstance(self.head, ClassificationHead):
-            x = self.pooled(x)
-        return self.head(x)
+        x = self._states(input_ids, attention_mask, position_ids, token_type_ids)
+        return self.head(self.pooled(x) if self.classifies else self._of_tokens(x))
 
     def hidden(
         self,
@@ -203,9 +208,20 @@ class Bert(nn.Module):
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """The states (B, T, D) before the head."""
+        x = self._states(input_ids, attention_mask, position_ids, token_type_ids)
+        return self._of_tokens(x)
+
+    def _states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+    ) -> Tensor:
+        """The states of a prompt, where there is one, and those of the tokens."""
         T = input_ids.size(1)
         if position_ids is None:
-            position_ids = positions(T, T, self.config.max_position_embeddings, input_ids.device)
+            position_ids = positions(T, T, self.max_tokens, input_ids.device)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         mask = None if attention_mask is None else self._mask(attention_mask)
@@ -214,13 +230,21 @@ class Bert(nn.Module):
             x = block(x, mask)
         return x
 
+    def _of_tokens(self, x: Tensor) -> Tensor:
+        return x[:, self.embeddings.prompt.length :]
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions there are for tokens."""
+        return self.config.max_position_embeddings - self.embeddings.prompt.shift
+
     def pooled(self, x: Tensor) -> Tensor:
         """States (B, T, D) -> tanh(x[first] W_p + b_p), (B, D)."""
         return self.pooler(x[:, 0]).tanh()
 
     def _mask(self, padding: Tensor) -> Tensor:
         """(B, T) -> (B, 1, 1, T): no query sees padding, unless a row is nothing else."""
-        real = padding != 0
+        real = F.pad(padding, (self.embeddings.prompt.length, 0), value=1) != 0
         return (real | ~real.any(1, keepdim=True))[:, None, None, :]
 
     def tie(self) -> None:

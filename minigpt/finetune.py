@@ -82,10 +82,10 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     model = load(directory, head="causal-lm", device=device)
     assert isinstance(model, GPTNeo)
     tokenizer.check(model.config.vocab_size)
-    if settings.sequence_length > model.config.max_position_embeddings:
+    if settings.sequence_length > model.max_tokens:
         raise ValueError(
             f"--sequence-length is {settings.sequence_length}, the model has "
-            f"{model.config.max_position_embeddings} positions"
+            f"{model.max_tokens} positions"
         )
     train_ids, heldout_ids = (
         torch.tensor(tokenizer.encode(part)) for part in split_text(text, settings.heldout)
@@ -101,7 +101,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
 
     counts = report(model)
     before = evaluate(model, language_model_loss, heldout, settings.bf16)
-    limit = min(PROMPT, model.config.max_position_embeddings // 2)
+    limit = min(PROMPT, model.max_tokens // 2)
     prompt = heldout_ids[None, :limit].to(device)
     sample_before = _sample(model, tokenizer, prompt, settings.seed)
     tokens = size * length * settings.accumulate
@@ -140,7 +140,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
 
 def _sample(model: GPTNeo, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
     """What the model makes of the beginning of the held-out text."""
-    new = min(SAMPLE, model.config.max_position_embeddings - prompt.size(1))
+    new = min(SAMPLE, model.max_tokens - prompt.size(1))
     random = torch.Generator(prompt.device).manual_seed(seed)
     ids = generate(model, prompt, new, temperature=0.8, top_k=50, generator=random)
     return tokenizer.decode(ids[0].tolist())

@@ -114,7 +114,7 @@ def _check(
         real = (attention_mask != 0).long()
         if not bool(real[:, -1].all()) or bool((real.diff(dim=1) < 0).any()):
             raise ValueError("attention_mask: padding must stand at the left, real tokens after it")
-    limit = model.config.max_position_embeddings
+    limit = model.max_tokens
     if input_ids.size(1) + max_new_tokens > limit:
         raise ValueError(
             f"{input_ids.size(1)} tokens and {max_new_tokens} new ones exceed the {limit} "

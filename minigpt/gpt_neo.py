@@ -14,12 +14,14 @@ Shapes:  B batch   T time   S slots (cached and new)
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.attention import Attention, Cache, positions, visible
 from minigpt.config import one_of, positive, probability
 from minigpt.mlp import ACTIVATIONS, MLP
 from minigpt.names import Names
+from minigpt.slots import NoPrompt
 
 NAMES = Names(
     {
@@ -99,19 +101,26 @@ class Embeddings(nn.Module):
         super().__init__()
         self.token = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.prompt = NoPrompt()
         self.dropout = nn.Dropout(config.embed_dropout)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.dropout(self.token(input_ids) + self.position(position_ids))
+    def forward(self, input_ids: Tensor, position_ids: Tensor, start: bool) -> Tensor:
+        x, position_ids = self.prompt(self.token(input_ids), position_ids, start)
+        return self.dropout(x + self.position(position_ids))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTNeoConfig) -> None:
+    def __init__(self, config: GPTNeoConfig, kind: str) -> None:
         super().__init__()
         width, epsilon = config.hidden_size, config.layer_norm_epsilon
         self.attention_norm = nn.LayerNorm(width, epsilon)
         self.attention = Attention(
-            width, config.num_heads, scale=1.0, bias=False, dropout=config.attention_dropout
+            width,
+            config.num_heads,
+            scale=1.0,
+            bias=False,
+            dropout=config.attention_dropout,
+            window=config.window_size if kind == "local" else None,
         )
         self.mlp_norm = nn.LayerNorm(width, epsilon)
         self.mlp = MLP(width, config.inner, config.activation_function)
@@ -137,8 +146,9 @@ class GPTNeo(nn.Module):
         super().__init__()
         self.config = config
         self.names = NAMES.bare() if head == "none" else NAMES
+        self.task_type = "FEATURE_EXTRACTION" if head == "none" else "CAUSAL_LM"  # for HF PEFT
         self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in config.layers)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layers)
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.head: nn.Module = nn.Identity()
         if head == "causal-lm":
@@ -169,18 +179,29 @@ class GPTNeo(nn.Module):
         With `caches` the T tokens follow those cached: S = cached + T, and `attention_mask` is
         (B, S).
         """
+        prompt = self.embeddings.prompt
+        cached = caches[0].length if caches else 0
+        start = cached == 0
         T = input_ids.size(1)
-        S = T + (caches[0].length if caches else 0)
+        S = T + (0 if start else cached - prompt.length)
         if position_ids is None:
-            position_ids = positions(T, S, self.config.max_position_embeddings, input_ids.device)
-        x = self.embeddings(input_ids, position_ids)
+            position_ids = positions(T, S, self.max_tokens, input_ids.device)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (prompt.length, 0), value=1)
+        x = self.embeddings(input_ids, position_ids, start)
+        T, S = x.size(1), cached + x.size(1)  # with the prompt
         masks = {
             "global": self._mask(T, S, None, attention_mask, input_ids.device),
             "local": self._mask(T, S, self.config.window_size, attention_mask, input_ids.device),
         }
         for i, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
             x = block(x, *masks[kind], caches[i] if caches else None)
-        return self.final_norm(x)
+        return self.final_norm(x[:, T - input_ids.size(1) :])
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions there are for tokens."""
+        return self.config.max_position_embeddings - self.embeddings.prompt.shift
 
     def _mask(
         self, T: int, S: int, window: int | None, padding: Tensor | None, device: torch.device
@@ -195,6 +216,7 @@ class GPTNeo(nn.Module):
     def new_caches(self, batch: int, slots: int) -> list[Cache]:
         """Empty caches for `slots` tokens of each of `batch` rows."""
         c, like = self.config, self.final_norm.weight
+        slots += self.embeddings.prompt.length
         return [
             Cache(batch, c.num_heads, slots, c.hidden_size // c.num_heads, like)
             for _ in self.blocks

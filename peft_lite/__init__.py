@@ -1,8 +1,31 @@
 """Parameter-efficient fine-tuning for any nn.Module: one method, one file, one equation."""
 
 from peft_lite.attach import Handle, attach, load
+from peft_lite.bias import BiasConfig
+from peft_lite.bottleneck import BottleneckConfig
+from peft_lite.check import Trainability, check_trainable
+from peft_lite.dora import DoraConfig
 from peft_lite.freeze import FreezeConfig
+from peft_lite.ia3 import IA3Config
 from peft_lite.lora import LoraConfig
+from peft_lite.prefix import PrefixConfig
+from peft_lite.prompt import PromptConfig
 from peft_lite.report import Report, report
 
-__all__ = ["FreezeConfig", "Handle", "LoraConfig", "Report", "attach", "load", "report"]
+__all__ = [
+    "BiasConfig",
+    "BottleneckConfig",
+    "DoraConfig",
+    "FreezeConfig",
+    "Handle",
+    "IA3Config",
+    "LoraConfig",
+    "PrefixConfig",
+    "PromptConfig",
+    "Report",
+    "Trainability",
+    "attach",
+    "check_trainable",
+    "load",
+    "report",
+]

@@ -5,22 +5,33 @@
     A (R, in)   uniform in +-1/sqrt(in)         s = alpha / R, or alpha / sqrt(R) with use_rslora
     B (out, R)  zero, so that W' = W at first   (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
 
+An embedding table E (V, D) is the layer of the one-hot rows:
+
+    E' = E + s (B A)^T    y = E[id] + s A^T[id] B^T     A (R, V) zero, B (D, R) normal
+
 R (in + out) parameters for each layer.  A and B are float32 (float64 under a float64 layer)
 whatever the layer's dtype; the products run in the dtype of x, and y has it too.
 
-Shapes:  R rank   in, out: the layer's widths
+Shapes:  R rank   in, out: the layer's widths   V, D: the table's
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kernels import lora_linear
-from peft_lite.select import Patterns, resolve_pattern, select_modules
+from peft_lite import bias, saved
+from peft_lite.method import Method
+from peft_lite.select import Patterns, check_patterns, in_layers, resolve_pattern, select_modules
+from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,13 +39,16 @@ class LoraConfig:
     """Fields, names and defaults of HF PEFT's LoraConfig, but for `target_modules`, which has none.
 
     Attributes:
-        target_modules: a list of names or their ends, a regular expression over the whole name, or
-            "all-linear".
+        target_modules: linear and embedding layers; the ends of their names, a regular expression
+            for the whole name, or "all-linear".
         r, lora_alpha: rank R and the numerator of s.
-        lora_dropout: probability of dropping an input of A while training.
+        lora_dropout: probability of dropping an input of A while training (not of an embedding).
         use_rslora: s = alpha / sqrt(R).
         rank_pattern, alpha_pattern: other values for the layers whose name ends in a key (a regular
             expression).
+        layers_to_transform: numbers of the blocks to target; None: all.
+        bias: "none", "all" the model's biases, or those of the targeted layers, "lora_only".
+        modules_to_save: modules that train whole, as copies, and are saved with the adapter.
     """
 
     target_modules: Patterns
@@ -44,15 +58,12 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: Sequence[int] | int | None = None
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target_modules, str) and not (
-            isinstance(self.target_modules, Sequence)
-            and all(isinstance(name, str) for name in self.target_modules)
-        ):
-            raise ValueError(
-                f"target_modules is {self.target_modules!r}, must be names or a string"
-            )
+        check_patterns("target_modules", self.target_modules)
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be a dictionary")
@@ -67,71 +78,133 @@ class LoraConfig:
         p = self.lora_dropout
         if not isinstance(p, int | float) or not 0 <= p < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, must lie in [0, 1)")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias is {self.bias!r}, must be 'none', 'all' or 'lora_only'")
+        saved.check(self.modules_to_save)
 
 
-class LoraLinear(nn.Module):
-    """A linear layer with an update of rank R beside it."""
+class LoraLayer(WeightWrapper):
+    """An update of rank R beside a layer: what linear and embedding layers share.
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, rslora: bool) -> None:
-        super().__init__()
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        new = base.weight.new_zeros
-        self.base = base
-        self.lora_a = nn.Parameter(new(r, base.in_features, dtype=dtype))
-        self.lora_b = nn.Parameter(new(base.out_features, r, dtype=dtype))
+    Attributes:
+        lora_a, lora_b: A (R, in) and B (out, R).
+        rows: inside `handle.rows`, the rows of the batch that this adapter changes and the size
+            of that batch; None: it changes all.
+    """
+
+    def __init__(self, base: nn.Module, inputs: int, outputs: int, r: int, alpha: float) -> None:
+        super().__init__(base)
+        weight = self.layer.weight
+        new, dtype = weight.new_zeros, torch.promote_types(weight.dtype, torch.float32)
+        self.lora_a = nn.Parameter(new(r, inputs, dtype=dtype))
+        self.lora_b = nn.Parameter(new(outputs, r, dtype=dtype))
         self.alpha = alpha
-        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.dropout = dropout
-        self.original: Tensor | None  # W, while the base holds W'; a buffer, to move with the model
-        self.register_buffer("original", None, persistent=False)
-        bound = 1 / math.sqrt(base.in_features)
-        nn.init.uniform_(self.lora_a, -bound, bound)
+        self.scaling = alpha / r
+        self.rows: tuple[Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.original is not None:
-            return self.base(x)
-        dropout = self.dropout if self.training else 0.0
-        return lora_linear(
-            x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scaling, dropout
-        )
+        if self.rows is None:
+            return super().forward(x)
+        y: Tensor = self.base(x)
+        rows, batch = self.rows
+        if not self.active or len(rows) == 0:
+            return y
+        if len(x) != batch:
+            raise ValueError(f"rows were named for a batch of {batch}, a layer gets {len(x)}")
+        return y.index_copy(0, rows, self.changed(x[rows]))
 
-    @torch.no_grad()
     def delta(self) -> Tensor:
-        """S B A, (out, in)."""
+        """S B A, in the shape of the layer's weight."""
+        raise NotImplementedError
+
+    def new_weights(self) -> dict[str, Tensor]:
+        """W + s B A, summed in A's dtype."""
+        return {"weight": dense_weight(self.layer) + self.delta()}
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer with an update of rank R beside it."""
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
+        out_features, in_features = dense_shape(base)
+        super().__init__(base, in_features, out_features, r, alpha)
+        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.dropout = config.lora_dropout
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.lora_a, -bound, bound)
+
+    def changed(self, x: Tensor) -> Tensor:
+        """Y = x W^T + b + s (drop(x) A^T) B^T"""
+        a, b, p = self.lora_a, self.lora_b, self.dropout if self.training else 0.0
+        return lora_linear(x, self.layer.weight, self.layer.bias, a, b, self.scaling, p)
+
+    def delta(self) -> Tensor:
         return self.scaling * (self.lora_b @ self.lora_a)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W <- W + s B A, summed in A's dtype.  W itself is kept."""
-        self.original = self.base.weight.data
-        merged = self.original.to(self.lora_a.dtype) + self.delta()
-        self.base.weight.data = merged.to(self.original.dtype)
-
-    def unmerge(self) -> None:
-        """Puts W back, to the bit."""
-        if self.original is not None:
-            self.base.weight.data = self.original
-            self.original = None
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.lora_a.data, "lora_B.weight": self.lora_b.data}
 
 
-def wrap(model: nn.Module, config: LoraConfig) -> dict[str, LoraLinear]:
-    """A LoraLinear for each layer that the config names; the model itself is not touched."""
-    layers = select_modules(model, config.target_modules)
+class LoraEmbedding(LoraLayer):
+    """An embedding table with an update of rank R beside it."""
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
+        V, D = dense_shape(base)
+        super().__init__(base, V, D, r, alpha)
+        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        nn.init.normal_(self.lora_b)
+
+    def changed(self, ids: Tensor) -> Tensor:
+        """Y = E[id] + s A^T[id] B^T"""
+        y: Tensor = self.layer(ids)
+        return y + self.scaling * self.update(ids).to(y.dtype)
+
+    def update(self, ids: Tensor) -> Tensor:
+        """A^T[id] B^T, (..., D)"""
+        return F.embedding(ids, self.lora_a.T) @ self.lora_b.T
+
+    def delta(self) -> Tensor:
+        return self.scaling * (self.lora_b @ self.lora_a).T
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_a.data, "lora_embedding_B": self.lora_b.data}
+
+
+def build(
+    model: nn.Module,
+    config: LoraConfig,
+    linear: type[LoraLinear] = LoraLinear,
+    embedding: type[LoraEmbedding] = LoraEmbedding,
+) -> Method:
+    """A LoRA layer for each layer that the config names; the model itself is not touched."""
+    layers = select_modules(model, config.target_modules, (nn.Linear, nn.Embedding))
+    layers = in_layers(layers, config.layers_to_transform)
     for name, layer in layers.items():
         if not name:
-            raise ValueError("the model is itself a linear layer: put it into a module of its own")
+            raise ValueError("the model is itself a layer: put it into a module of its own")
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             raise ValueError(f"{name}: nn.MultiheadAttention reads the weight past the layer")
     ranks = resolve_pattern(model, layers, config.rank_pattern, "rank_pattern")
     alphas = resolve_pattern(model, layers, config.alpha_pattern, "alpha_pattern")
-    return {
-        name: LoraLinear(
-            layer,
-            ranks.get(name, config.r),
-            alphas.get(name, config.lora_alpha),
-            config.lora_dropout,
-            config.use_rslora,
-        )
-        for name, layer in layers.items()
-        if isinstance(layer, nn.Linear)
-    }
+    wrappers: dict[str, Wrapper] = {}
+    for name, layer in layers.items():
+        r, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
+        if r > min(dense_shape(layer)):
+            logger.warning("%s: rank %d is above what its %s can use", name, r, layer)
+        kind = linear if isinstance(layer, nn.Linear) else embedding
+        wrappers[name] = kind(layer, r, alpha, config)
+    weights = {}
+    if config.bias == "all":
+        weights = bias.select(model, None)
+    elif config.bias == "lora_only":
+        weights = bias.of_layers(layers)
+    wrappers = saved.add(model, config.modules_to_save, wrappers)
+    return Method("lora", config, wrappers, saved.outside(weights, wrappers))
+
+
+def dense_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, (V, D) of an embedding table."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    assert isinstance(layer, nn.Embedding)
+    return layer.num_embeddings, layer.embedding_dim

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from peft_lite.wrapper import innermost, named_layers, named_weights
+
 Patterns = str | Sequence[str]
 V = TypeVar("V")
 
@@ -41,7 +43,7 @@ def select_modules(
     HF PEFT's rule: a list matches a whole name or its end after a dot; a string is a regular
     expression over the whole name; `all-linear` is every linear layer but the head.
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    modules = {name: m for name, m in named_layers(model) if isinstance(m, kinds)}
     if patterns == "all-linear":
         head = _head_names(model)
         linear: dict[str, nn.Module] = {
@@ -75,7 +77,7 @@ def select_parameters(model: nn.Module, patterns: Patterns) -> set[str]:
     modules called so, and not `attention_norm`.  A string is a regular expression that is searched
     in the name.
     """
-    parameters = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = [n for n, _ in named_weights(model)]
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hit = _regex(pattern).search if isinstance(patterns, str) else _has_part(pattern)
@@ -89,8 +91,31 @@ def select_parameters(model: nn.Module, patterns: Patterns) -> set[str]:
         chosen |= matched
     if not chosen:
         raise ValueError("no pattern given, so nothing is named: name at least one parameter")
-    same = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in chosen}
-    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in same}
+    same = {id(p) for n, p in named_weights(model) if n in chosen}
+    return {n for n, p in named_weights(model) if id(p) in same}
+
+
+def in_layers(layers: Mapping[str, V], numbers: Sequence[int] | int | None) -> dict[str, V]:
+    """Those that lie in the blocks of these numbers (HF PEFT's `layers_to_transform`); None: all.
+
+    The block's number is the first in a name: 3 in `blocks.3.attention.query`.
+    """
+    if numbers is None:
+        return dict(layers)
+    wanted = {numbers} if isinstance(numbers, int) else set(numbers)
+    block = {n: next((int(p) for p in n.split(".")[:-1] if p.isdecimal()), None) for n in layers}
+    if absent := wanted - set(block.values()):
+        valid = sorted(b for b in set(block.values()) if b is not None)
+        raise ValueError(f"layers_to_transform: {min(absent)} is no block of {valid}")
+    return {name: value for name, value in layers.items() if block[name] in wanted}
+
+
+def check_patterns(field: str, patterns: object) -> None:
+    """A string, or a sequence of strings."""
+    if not isinstance(patterns, str) and not (
+        isinstance(patterns, Sequence) and all(isinstance(name, str) for name in patterns)
+    ):
+        raise ValueError(f"{field} is {patterns!r}, must be names or a string")
 
 
 def resolve_pattern(
@@ -141,5 +166,6 @@ def _head_names(model: nn.Module) -> set[str]:
     `transformers` is what `get_output_embeddings` gives.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    innermost_output = None if output is None else innermost(output)
     ours = ("head", "head.decoder", "head.classifier")
-    return {n for n, m in model.named_modules() if n in ours or m is output}
+    return {n for n, m in named_layers(model) if n in ours or m is innermost_output}

@@ -68,7 +68,7 @@ def test_an_adapter_written_here_opens_in_peft(
     assert (after - before).abs().max() > 1e-2
     close(output(ours, tokens()), after)
     targeted = set(opened.base_model.targeted_module_names)
-    assert targeted == {ours.names.to_hf(name) for name in handle.layers}
+    assert targeted == {ours.names.to_hf(name) for name in handle.methods["default"].wrappers}
 
 
 @pytest.mark.parametrize(("kind", "config"), WRITTEN.values(), ids=WRITTEN)
@@ -128,7 +128,7 @@ def test_an_adapter_written_by_peft_loads_here(
     close(after, output(written, tokens()))
     handle.merge()
     close(output(ours, tokens()), output(written, tokens()))
-    assert all(layer.dropout == 0.1 for layer in handle.layers.values())
+    assert all(layer.dropout == 0.1 for layer in handle.methods["default"].wrappers.values())
 
 
 def test_an_adapter_loads_on_a_model_of_transformers(tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_a_real_adapter_computes_here_what_it_computes_in_peft(
         expected = opened(ids).logits
         handle.merge()
         merged = ours(ids)
+        assert sum(t.numel() for t in handle.state().values()) == 294_912
         handle.detach()
         assert torch.equal(ours(ids), before)
-    assert sum(t.numel() for t in handle.state().values()) == 294_912
     assert (after - before).abs().max() > 1e-2
     close(after, expected)
     close(merged, expected)
@@ -208,12 +208,10 @@ def refuse(folder: Path, reason: str, model: nn.Module | None = None) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["out"]),
+        ("modules_to_save", ["inner.2"]),
         ("layers_to_transform", [1]),
         ("layers_to_transform", 0),
+        ("layers_pattern", "inner"),
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "loftq"),

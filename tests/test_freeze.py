@@ -89,8 +89,8 @@ def test_attention_of_bert_takes_along_the_norm_that_its_checkpoint_keeps_there(
     bert_base: nn.Module,
 ) -> None:
     handle: Any = peft_lite.attach(bert_base, FreezeConfig(train=["attention"]))
-    assert "blocks.3.attention_norm.weight" in handle.names
-    assert "blocks.3.mlp_norm.weight" not in handle.names
+    assert "blocks.3.attention_norm.weight" in handle.methods["default"].weights
+    assert "blocks.3.mlp_norm.weight" not in handle.methods["default"].weights
     handle.detach()
 
 
@@ -187,6 +187,7 @@ def test_saved_weights_load_into_another_copy(kind: str, tmp_path: Path) -> None
         "peft_type": "FREEZE",
         "train": None,
         "freeze": ["attention", "embeddings"],
+        "layers_to_transform": None,
     }
     other = minigpt.load(tmp_path / "base")
     unlike = output(other, tokens())

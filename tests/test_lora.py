@@ -161,7 +161,7 @@ def test_model_equals_its_twin_with_dense_updates(models: tuple[Any, Any]) -> No
     dy = torch.randn(after.shape, dtype=torch.float64)
     output(ours, tokens()).backward(dy)
     after.backward(dy)
-    for name, lora in handle.layers.items():
+    for name, lora in handle.methods["default"].wrappers.items():
         dw = theirs.get_submodule(ours.names.to_hf(name)).weight.grad
         _, _, a, b = numbers(lora)
         da, db = lora_gradients_of_weight(dw, a, b, lora_scale(7, len(a)))
@@ -347,7 +347,10 @@ def test_patterns_set_rank_and_alpha_by_the_end_of_a_name(tmp_path: Path) -> Non
             alpha_pattern={r"blocks\.0\.attention\.\w+": 11, "v_proj": 13},
         ),
     )
-    found = {n: (len(m.lora_a), m.alpha, m.scaling) for n, m in handle.layers.items()}
+    found = {
+        n: (len(m.lora_a), m.alpha, m.scaling)
+        for n, m in handle.methods["default"].wrappers.items()
+    }
     assert found["blocks.1.attention.query"] == (7, 3, 3 / 7)  # the first key that matches counts
     assert found["blocks.0.attention.query"] == (5, 11, 11 / 5)
     assert found["blocks.0.attention.value"] == (2, 11, 11 / 2)
@@ -422,7 +425,7 @@ def test_train_and_eval_change_modes_and_nothing_else() -> None:
         assert lora.eval() is lora
         assert lora.train() is lora
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    assert lora.original is None
+    assert not lora.merged
 
 
 def test_layers_begin_in_the_mode_of_what_they_wrap() -> None:
@@ -446,7 +449,7 @@ def test_a_second_method_is_refused_until_the_first_is_detached() -> None:
 def test_a_copy_of_a_model_that_carries_a_method_is_refused_too() -> None:
     model = Plain()
     peft_lite.attach(model, LoraConfig(["out"]))
-    with pytest.raises(ValueError, match="carries"):
+    with pytest.raises(ValueError, match="taken"):
         peft_lite.attach(copy.deepcopy(model), LoraConfig("all-linear"))
 
 

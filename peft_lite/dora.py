@@ -1,0 +1,91 @@
+"""DoRA: weight-decomposed low-rank adaptation.  Liu et al. 2024, https://arxiv.org/abs/2402.09353
+
+    W'_i = m_i V_i / |V_i|,   V = W + s B A          row i of the weight, the norm over the inputs
+    y    = g * (x W^T + s (drop(x) A^T) B^T) + b,    g = m / |V|
+
+m starts as |W|, so that W' = W at first.  The bias stays outside: m scales the weight alone.
+The norm is a constant for the gradient (the paper's section 4.3) unless `detach_norm` is False.
+Of an embedding table (V, D) the columns are decomposed: the norm runs over the vocabulary.
+
+R (in + out) + out parameters for each layer.  HF PEFT differs in training with dropout, where it
+drops inputs of W too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels import lora_linear
+from peft_lite import lora
+from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear
+from peft_lite.method import Method
+from peft_lite.wrapper import dense_weight
+
+
+@dataclass(frozen=True)
+class DoraConfig(LoraConfig):
+    """LoRA's fields; HF PEFT writes the same with `use_dora`.
+
+    Attributes:
+        detach_norm: treat |V| as a constant in the backward pass.
+    """
+
+    detach_norm: bool = True
+
+
+class DoraLinear(LoraLinear):
+    """A linear layer whose weight has its magnitude (out,) and its direction trained apart."""
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
+        super().__init__(base, r, alpha, config)
+        self.detach_norm = getattr(config, "detach_norm", True)
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(dense_weight(self.layer), dim=1))
+
+    def norm(self) -> Tensor:
+        """|W + s B A| over the inputs, (out,)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=1)
+
+    def changed(self, x: Tensor) -> Tensor:
+        a, b, p = self.lora_a, self.lora_b, self.dropout if self.training else 0.0
+        # y = g * (x W^T + s (drop(x) A^T) B^T) + b
+        y = lora_linear(x, self.layer.weight, None, a, b, self.scaling, p)
+        y = (self.magnitude / self.norm()).to(y.dtype) * y
+        return y if self.layer.bias is None else y + self.layer.bias.to(y.dtype)
+
+    def new_weights(self) -> dict[str, Tensor]:
+        v = dense_weight(self.layer) + self.delta()
+        return {"weight": (self.magnitude / self.norm())[:, None] * v}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "lora_magnitude_vector": self.magnitude.data}
+
+
+class DoraEmbedding(LoraEmbedding):
+    """An embedding table whose columns have their magnitude (D,) and direction trained apart."""
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
+        super().__init__(base, r, alpha, config)
+        self.detach_norm = getattr(config, "detach_norm", True)
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(dense_weight(self.layer), dim=0))
+
+    def norm(self) -> Tensor:
+        """|E + s (B A)^T| over the vocabulary, (D,)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=0)
+
+    def changed(self, ids: Tensor) -> Tensor:
+        y = super().changed(ids)
+        return (self.magnitude / self.norm()).to(y.dtype) * y
+
+    def new_weights(self) -> dict[str, Tensor]:
+        v = dense_weight(self.layer) + self.delta()
+        return {"weight": (self.magnitude / self.norm()) * v}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "lora_magnitude_vector": self.magnitude.data}
+
+
+def build(model: nn.Module, config: DoraConfig) -> Method:
+    return lora.build(model, config, DoraLinear, DoraEmbedding)

@@ -1,0 +1,98 @@
+"""IA3: infused adapter by inhibiting and amplifying activations.
+Liu et al. 2022, https://arxiv.org/abs/2205.05638
+
+    y = l * (x W^T + b)      keys and values: l (out,) scales what the layer gives
+    y = (l * x) W^T + b      feed-forward:    l (in,) scales what it gets
+
+l starts at 1.  out or in parameters for each layer.  Merged, W' = diag(l) W and b' = l * b, or
+W' = W diag(l).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peft_lite import saved
+from peft_lite.method import Method
+from peft_lite.select import Patterns, check_patterns, select_modules
+from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """Fields of HF PEFT's IA3Config.
+
+    Attributes:
+        target_modules: linear layers to scale, `["key", "value", "mlp.down"]` in the paper.
+        feedforward_modules: those of them whose input is scaled, `["mlp.down"]` in the paper.
+        modules_to_save: modules that train whole, as copies, and are saved with the vectors.
+    """
+
+    target_modules: Patterns
+    feedforward_modules: Patterns = ()
+    modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_patterns("target_modules", self.target_modules)
+        check_patterns("feedforward_modules", self.feedforward_modules)
+        saved.check(self.modules_to_save)
+
+
+class IA3Output(WeightWrapper):
+    """A linear layer whose outputs are scaled by l (out,)."""
+
+    depth = 1
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.scale = nn.Parameter(torch.ones_like(dense_weight(self.layer)[:, 0]))
+
+    def changed(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return self.scale.to(y.dtype) * y
+
+    def new_weights(self) -> dict[str, Tensor]:
+        new = {"weight": self.scale[:, None] * dense_weight(self.layer)}
+        if self.layer.bias is not None:
+            new["bias"] = self.scale * self.layer.bias
+        return new
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"ia3_l": self.scale.data[:, None]}
+
+
+class IA3Input(WeightWrapper):
+    """A linear layer whose inputs are scaled by l (in,)."""
+
+    depth = 1
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.scale = nn.Parameter(torch.ones_like(dense_weight(self.layer)[0]))
+
+    def changed(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(self.scale.to(x.dtype) * x)
+        return y
+
+    def new_weights(self) -> dict[str, Tensor]:
+        return {"weight": dense_weight(self.layer) * self.scale}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"ia3_l": self.scale.data[None, :]}
+
+
+def build(model: nn.Module, config: IA3Config) -> Method:
+    """A scaled layer for each layer that the config names."""
+    layers = select_modules(model, config.target_modules)
+    scaled_before: set[str] = set()
+    if config.feedforward_modules:
+        scaled_before = set(select_modules(model, config.feedforward_modules))
+        if stray := sorted(scaled_before - layers.keys()):
+            raise ValueError(f"feedforward_modules: {stray[0]} is none of the target_modules")
+    wrappers: dict[str, Wrapper] = {
+        name: IA3Input(layer) if name in scaled_before else IA3Output(layer)
+        for name, layer in layers.items()
+    }
+    return Method("ia3", config, saved.add(model, config.modules_to_save, wrappers))

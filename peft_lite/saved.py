@@ -1,0 +1,36 @@
+"""Modules that train whole beside a method (HF PEFT's `modules_to_save`): a classifier, mostly.
+
+Each is replaced by a copy that trains; the model's own module waits behind it, unchanged.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from peft_lite.method import InPlace
+from peft_lite.select import select_modules
+from peft_lite.wrapper import Copied, Wrapper
+
+
+def check(modules_to_save: Sequence[str] | None) -> None:
+    if isinstance(modules_to_save, str):
+        raise ValueError(f"modules_to_save is {modules_to_save!r}, must be a list of names")
+
+
+def add(
+    model: nn.Module, modules_to_save: Sequence[str] | None, wrappers: Mapping[str, Wrapper]
+) -> dict[str, Wrapper]:
+    """The wrappers of a method and those of the modules that train beside it."""
+    if not modules_to_save:
+        return dict(wrappers)
+    modules = select_modules(model, modules_to_save, (nn.Module,))
+    for name, module in modules.items():
+        if not any(True for _ in module.parameters()):
+            raise ValueError(f"modules_to_save: {name} has no parameter to train")
+    return {**wrappers, **{name: Copied(module) for name, module in modules.items()}}
+
+
+def outside(weights: Mapping[str, InPlace], wrappers: Mapping[str, Wrapper]) -> dict[str, InPlace]:
+    """The weights that no copy stands for."""
+    copied = tuple(f"{name}." for name, w in wrappers.items() if isinstance(w, Copied))
+    return {name: weight for name, weight in weights.items() if not name.startswith(copied)}
