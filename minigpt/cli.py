@@ -44,7 +44,7 @@ class Info(MethodOptions):
     """Settings of `minigpt info`."""
 
     model: str = option('a model directory, a hub id, or "bundled"')
-    method: str = option("what trains", "full", choices=("full", "freeze", "lora"))
+    method: str = option("what trains", "full", choices=methods.NAMES)
 
 
 def generate_text(settings: Generate) -> None:

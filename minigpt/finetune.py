@@ -23,7 +23,17 @@ from minigpt.tokenizer import Tokenizer
 from minigpt.train import TrainConfig, checkpoint_activations, evaluate, train
 from peft_lite import report
 
-LR = {"full": 5e-5, "freeze": 5e-5, "lora": 1e-3}
+LR = {
+    "full": 5e-5,
+    "freeze": 5e-5,
+    "bias": 1e-3,
+    "lora": 1e-3,
+    "dora": 1e-3,
+    "ia3": 3e-3,
+    "bottleneck": 1e-3,
+    "prefix": 1e-2,
+    "prompt": 1e-2,
+}
 PROMPT, SAMPLE = 24, 120  # tokens
 
 
@@ -36,7 +46,10 @@ class Finetune(MethodOptions):
     steps: int = option("updates", 200)
     batch_size: int = option("windows in a batch", 8)
     sequence_length: int = option("tokens in a window", 128)
-    lr: float | None = option("peak rate (default: 5e-5 for full and freeze, 1e-3 for lora)", None)
+    lr: float | None = option(
+        "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
+        None,
+    )
     schedule: str = option("course of the rate after warm-up", "linear", choices=SCHEDULES)
     warmup_steps: int = option("updates of warm-up", 0)
     schedule_steps: int | None = option("length of the schedule (default: steps)", None)
@@ -52,7 +65,7 @@ class Finetune(MethodOptions):
 
 
 def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
-    """Runs, and writes to OUT `adapter/` (lora) or `model/` (full, freeze), `metrics.jsonl`,
+    """Runs, and writes to OUT `model/` (full, freeze) or `adapter/` (all others), `metrics.jsonl`,
     `sample.txt` and `summary.json`, whose content it returns.
     """
     before_model = memory.resident()
@@ -82,11 +95,6 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     model = load(directory, head="causal-lm", device=device)
     assert isinstance(model, GPTNeo)
     tokenizer.check(model.config.vocab_size)
-    if settings.sequence_length > model.max_tokens:
-        raise ValueError(
-            f"--sequence-length is {settings.sequence_length}, the model has "
-            f"{model.max_tokens} positions"
-        )
     train_ids, heldout_ids = (
         torch.tensor(tokenizer.encode(part)) for part in split_text(text, settings.heldout)
     )
@@ -95,6 +103,11 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     heldout = list(consecutive_windows(heldout_ids, length, size))
     torch.manual_seed(settings.seed)
     handle = methods.attach(model, settings)
+    if settings.sequence_length > model.max_tokens:
+        raise ValueError(
+            f"--sequence-length is {settings.sequence_length}, there are "
+            f"{model.max_tokens} positions for tokens"
+        )
     if settings.checkpoint_activations:
         checkpoint_activations(model.blocks)
     runs.claim(out, "finetune", settings)

@@ -185,6 +185,47 @@ def test_the_result_opens_in_the_library_of_hugging_face(
         )
 
 
+ADAPTERS: dict[str, tuple[list[str], int]] = {  # D = 32, two blocks, 23 biases of width 32
+    "bias": ([], 2 * (32 + 128 + 32 + 2 * 32) + 32),
+    "bias of the mlp": (["--target", "mlp"], 2 * (128 + 32)),
+    "dora": (["--rank", "3", "--alpha", "5"], 2 * 2 * (3 * 64 + 32)),
+    "dora of one block": (["--layers", "1"], 2 * (8 * 64 + 32)),
+    "lora of a table": (["--target", "wte", "--rank", "2"], 2 * (300 + 32)),
+    "ia3": ([], 2 * (32 + 32 + 128)),
+    "ia3 of the values": (["--target", "value"], 2 * 32),
+    "bottleneck": (["--rank", "6"], 2 * (2 * 32 * 6 + 6 + 32)),
+    "bottleneck houlsby": (["--placement", "houlsby", "--rank", "6"], 4 * (2 * 32 * 6 + 6 + 32)),
+    "bottleneck parallel": (["--placement", "parallel", "--rank", "6"], 2 * (2 * 32 * 6 + 38)),
+    "prefix": (["--virtual-tokens", "5"], 2 * 2 * 5 * 32),
+    "prefix mlp": (
+        ["--virtual-tokens", "5", "--projection", "7"],
+        5 * 32 + 7 * 32 + 7 + 128 * 7 + 128,
+    ),
+    "prompt": (["--virtual-tokens", "5"], 5 * 32),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_method_trains_and_writes_an_adapter_that_acts(
+    name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, count = ADAPTERS[name]
+    method = ["--method", name.split()[0], *options]
+    out = tmp_path / "run"
+    assert main(finetune(base, out, *method, "--lr", "0.05")) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["trainable_parameters"] == count
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
+    capsys.readouterr()
+    asked = ["--prompt", "The lazy", "--max-new-tokens", "5", "--adapter", str(out / "adapter")]
+    assert main(["generate", "--model", str(base / "model"), *asked]) == 0
+    assert len(capsys.readouterr().out) > len("The lazy")
+    model = minigpt.load(base / "model")
+    before = model(torch.arange(9)[None])
+    peft_lite.load(model, out / "adapter")
+    assert not torch.allclose(model(torch.arange(9)[None]), before, atol=1e-3)
+
+
 def test_freeze_moves_nothing_of_attention_and_embeddings(base: Path, tmp_path: Path) -> None:
     main(finetune(base, tmp_path / "run", *METHODS["freeze"]))
     before = minigpt.load(base / "model").state_dict()

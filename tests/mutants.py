@@ -1,0 +1,538 @@
+"""Faults on purpose: each is put into a copy of the code, and some test must fail.
+
+    python -m tests.mutants                    all of them, and the table in docs/mutants.md
+    python -m tests.mutants "wrong scale"      one
+
+The first part are faults that HF PEFT, loralib, adapters, litgpt and others had or have; the second
+are slips of the kind one makes.  A mutant that survives is a test that is missing.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "minigpt", "peft_lite", "tests")
+TABLE = ROOT / "docs" / "mutants.md"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: `old` stands once in `file` and becomes `new`; `tests` are run."""
+
+    name: str
+    seen: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def mutant(name: str, seen: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(name, seen, file, old, new, tests)
+
+
+HERE = "here"
+MUTANTS = [
+    mutant(
+        "a misspelt target is ignored",
+        "peft #1959, #3582, #3658",
+        "peft_lite/select.py",
+        '        if not matched:\n            ends = {s.rsplit(".", 1)[-1] for n in modules',
+        "        if not matched and not modules:\n"
+        '            ends = {s.rsplit(".", 1)[-1] for n in modules',
+        "test_lora",
+        "test_select",
+    ),
+    mutant(
+        "an alpha_pattern that matches nothing is ignored",
+        "peft #3582",
+        "peft_lite/select.py",
+        '        if not matched:\n            ends = {s.rsplit(".", 1)[-1] for n in layers',
+        '        if not layers:\n            ends = {s.rsplit(".", 1)[-1] for n in layers',
+        "test_lora",
+        "test_select",
+    ),
+    mutant(
+        "merging into a tied weight",
+        "peft #2018",
+        "peft_lite/attach.py",
+        "if others and not untie:",
+        "if others and not untie and False:",
+        "test_lora",
+    ),
+    mutant(
+        "nn.MultiheadAttention's out_proj is wrapped",
+        "peft #3774",
+        "peft_lite/lora.py",
+        "if isinstance(layer, NonDynamicallyQuantizableLinear):",
+        "if isinstance(layer, nn.Conv1d):",
+        "test_lora",
+    ),
+    mutant(
+        "a prefix moves the positions of real tokens",
+        "peft",
+        "peft_lite/prefix.py",
+        'if config.form == "peft":\n        for',
+        "if config.form:\n        for",
+        "test_prefix",
+    ),
+    mutant(
+        "a prefix is hidden from queries beyond the local window",
+        HERE,
+        "peft_lite/prefix.py",
+        'if config.form == "peft" else None\n',
+        "if config.form else None\n",
+        "test_prefix",
+    ),
+    mutant(
+        "the prefix does not count in the window of PEFT's form",
+        HERE,
+        "peft_lite/prefix.py",
+        'if config.form == "peft" else None\n',
+        "if False else None\n",
+        "test_interchange",
+    ),
+    mutant(
+        "DoRA's norm ignores alpha / r",
+        "adapters 1.2.0",
+        "peft_lite/dora.py",
+        "return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=1)",
+        "return torch.linalg.vector_norm(\n"
+        "                dense_weight(self.layer) + self.lora_b @ self.lora_a, dim=1)",
+        "test_dora",
+        "test_interchange",
+    ),
+    mutant(
+        "DoRA's magnitude scales the bias",
+        "adapters 1.2.0, torchtune",
+        "peft_lite/dora.py",
+        "lora_linear(x, self.layer.weight, None, a",
+        "lora_linear(x, self.layer.weight, self.layer.bias, a",
+        "test_dora",
+        "test_interchange",
+    ),
+    mutant(
+        "DoRA's norm runs over the outputs",
+        "peft #2348",
+        "peft_lite/dora.py",
+        "dense_weight(self.layer) + self.delta(), dim=1)",
+        "dense_weight(self.layer) + self.delta(), dim=0)",
+        "test_dora",
+        "test_interchange",
+    ),
+    mutant(
+        "DoRA's norm of a table runs over the width",
+        "peft #2348",
+        "peft_lite/dora.py",
+        "dense_weight(self.layer) + self.delta(), dim=0)",
+        "dense_weight(self.layer) + self.delta(), dim=1)",
+        "test_dora",
+        "test_interchange",
+    ),
+    mutant(
+        "dropout is not applied in DoRA",
+        "peft #1806",
+        "peft_lite/dora.py",
+        "self.dropout if self.training else 0.0",
+        "0.0",
+        "test_dora",
+    ),
+    mutant(
+        "the norm of DoRA gets a gradient though it should not",
+        HERE,
+        "peft_lite/dora.py",
+        "        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):\n"
+        "            return torch.linalg.vector_norm("
+        "dense_weight(self.layer) + self.delta(), dim=1)",
+        "        return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=1)",
+        "test_dora",
+    ),
+    mutant(
+        "DoRA merges the direction without the magnitude",
+        "peft #3531",
+        "peft_lite/dora.py",
+        'return {"weight": (self.magnitude / self.norm())[:, None] * v}',
+        'return {"weight": v}',
+        "test_dora",
+    ),
+    mutant(
+        "keys and values of a prefix are computed once and kept",
+        "litgpt #1287",
+        "peft_lite/prefix.py",
+        "P = self.source.of_layer(self.i).to(k.dtype)",
+        "self.kept = getattr(self, 'kept', None)\n"
+        "        if self.kept is None:\n"
+        "            self.kept = self.source.of_layer(self.i).to(k.dtype)\n"
+        "        P = self.kept",
+        "test_prefix",
+        "test_handle",
+        "test_composition",
+    ),
+    mutant(
+        "a second merge adds the update again",
+        "loralib",
+        "peft_lite/attach.py",
+        "if wrapper.merged:\n                    raise",
+        "if wrapper.merged is None:\n                    raise",
+        "test_lora",
+    ),
+    mutant(
+        "a merged adapter is saved",
+        "loralib",
+        "peft_lite/attach.py",
+        "if any(w.merged for w in method.wrappers.values() if isinstance(w, WeightWrapper)):",
+        "if not method.wrappers and not method.weights:",
+        "test_adapter_files",
+    ),
+    mutant(
+        "unmerging subtracts the update instead of restoring the weight",
+        "loralib: bf16 weights drift",
+        "peft_lite/wrapper.py",
+        "getattr(self.layer, name).data = original",
+        "p = getattr(self.layer, name)\n                p.data = p.data + original - p.data",
+        "test_lora",
+    ),
+    mutant(
+        "A begins with the rank as its fan-in",
+        "LLMs-from-scratch",
+        "peft_lite/lora.py",
+        "bound = 1 / math.sqrt(in_features)",
+        "bound = 1 / math.sqrt(r)",
+        "test_lora",
+    ),
+    mutant(
+        "the update is transposed where the layer is square",
+        "lit-llama #34, #61",
+        "peft_lite/lora.py",
+        "        return self.scaling * (self.lora_b @ self.lora_a)\n",
+        "        delta = self.scaling * (self.lora_b @ self.lora_a)\n"
+        "        return delta.T if delta.size(0) == delta.size(1) else delta\n",
+        "test_lora",
+    ),
+    mutant(
+        "a weighted combination takes alpha / r of rsLoRA adapters",
+        "peft #3761",
+        "peft_lite/combine.py",
+        "(weights[name] * w.scaling, w)",
+        "(weights[name] * w.alpha / len(w.lora_a), w)",
+        "test_several",
+    ),
+    mutant(
+        "gradient checkpointing cuts the graph at frozen inputs",
+        "peft #137, transformers #42489",
+        "minigpt/train.py",
+        "use_reentrant=False",
+        "use_reentrant=True",
+        "test_train",
+        "test_lora",
+    ),
+    mutant(
+        "the classifier is not saved",
+        "peft #310, #577, #1070, #1457, #2898",
+        "peft_lite/wrapper.py",
+        "return {name: p.data for name, p in self.copy.named_parameters()}",
+        "return {}",
+        "test_interchange",
+        "test_saved_modules",
+    ),
+    mutant(
+        "missing tensors are not noticed",
+        "peft #1323, #2118",
+        "peft_lite/files.py",
+        '("missing", places.keys() - tensors.keys())',
+        '("missing", set())',
+        "test_adapter_files",
+    ),
+    mutant(
+        "unexpected tensors are not noticed",
+        "peft #2118",
+        "peft_lite/files.py",
+        '("unexpected", tensors.keys() - places.keys())',
+        '("unexpected", set())',
+        "test_adapter_files",
+    ),
+    mutant(
+        "a setting without code is read over",
+        "peft",
+        "peft_lite/files.py",
+        "        if not (name in known | HARMLESS | harmless or _is_unset(value)):",
+        "        if False:",
+        "test_adapter_files",
+    ),
+    mutant(
+        "the prefix comes in float32 into a bf16 model",
+        "peft #869, #2191",
+        "peft_lite/prefix.py",
+        "of_layer(self.i).to(k.dtype)",
+        "of_layer(self.i)",
+        "test_prefix",
+    ),
+    mutant(
+        "an adapter in float32 widens the output of a bf16 model",
+        "peft #971, #1706, #2421",
+        "peft_lite/bottleneck.py",
+        "p.to(h.dtype) for p in (self.down",
+        "p for p in (self.down",
+        "test_bottleneck",
+    ),
+    mutant(
+        "an empty tokenizer is loaded in silence",
+        "transformers 5.23",
+        "minigpt/tokenizer.py",
+        "if backend.get_vocab_size() == 0:",
+        "if backend.get_vocab_size() < 0:",
+        "test_tokenizer",
+    ),
+    mutant(
+        "s = alpha",
+        HERE,
+        "peft_lite/lora.py",
+        "        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r\n"
+        "        self.dropout",
+        "        self.scaling = alpha\n        self.dropout",
+        "test_lora",
+    ),
+    mutant(
+        "s of a table = alpha",
+        HERE,
+        "peft_lite/lora.py",
+        "        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r\n"
+        "        nn.init.normal_",
+        "        self.scaling = alpha\n        nn.init.normal_",
+        "test_lora_embedding",
+        "test_interchange",
+    ),
+    mutant(
+        "dropout stays on in evaluation",
+        HERE,
+        "peft_lite/lora.py",
+        "self.dropout if self.training else 0.0",
+        "self.dropout",
+        "test_lora",
+    ),
+    mutant(
+        "dropout drops without scaling what it keeps",
+        HERE,
+        "kernels/reference.py",
+        "F.dropout(x, dropout_p)",
+        "F.dropout(x, dropout_p) * (1 - dropout_p)",
+        "test_lora",
+    ),
+    mutant(
+        "the rows of a batch are swapped",
+        HERE,
+        "peft_lite/attach.py",
+        "index = [i for i, row in enumerate(names) if row == name]",
+        "index = [len(names) - 1 - i for i, row in enumerate(names) if row == name]",
+        "test_several",
+    ),
+    mutant(
+        "switching leaves the other adapter on",
+        HERE,
+        "peft_lite/attach.py",
+        "                self._activate(method, method is chosen)",
+        "                self._activate(method, method.active or method is chosen)",
+        "test_several",
+    ),
+    mutant(
+        "the base trains along",
+        HERE,
+        "peft_lite/attach.py",
+        "                p.requires_grad_(False)\n            setattr",
+        "                p.requires_grad_(p.dim() == 1)\n            setattr",
+        "test_lora",
+        "test_handle",
+    ),
+    mutant(
+        "detaching forgets what was frozen before",
+        HERE,
+        "peft_lite/attach.py",
+        "p.requires_grad_(self._flags.get(n, True))",
+        "p.requires_grad_(True)",
+        "test_lora",
+        "test_handle",
+    ),
+    mutant(
+        "tuned biases stay after detaching",
+        HERE,
+        "peft_lite/method.py",
+        "        if not fold:\n            self.activate(False)\n",
+        "",
+        "test_handle",
+    ),
+    mutant(
+        "IA3 merges without the bias",
+        HERE,
+        "peft_lite/ia3.py",
+        "if self.layer.bias is not None:",
+        "if self.layer.bias is None:",
+        "test_ia3",
+    ),
+    mutant(
+        "IA3 scales the output of a feed-forward layer",
+        HERE,
+        "peft_lite/ia3.py",
+        "y: Tensor = self.base(self.scale.to(x.dtype) * x)",
+        "y: Tensor = self.base(x) * self.scale.to(x.dtype)[: self.layer.out_features].sum()",
+        "test_ia3",
+        "test_interchange",
+    ),
+    mutant(
+        "a bottleneck loses its residual",
+        HERE,
+        "peft_lite/bottleneck.py",
+        "        return h + self.adapter(h)\n",
+        "        return self.adapter(h)\n",
+        "test_bottleneck",
+    ),
+    mutant(
+        "a parallel adapter reads the output",
+        HERE,
+        "peft_lite/bottleneck.py",
+        "        return h + self.adapter(x)\n",
+        "        return h + self.adapter(h)\n",
+        "test_bottleneck",
+    ),
+    mutant(
+        "keys and values of a prefix are swapped",
+        HERE,
+        "peft_lite/prefix.py",
+        "P_k, P_v = P.unflatten",
+        "P_v, P_k = P.unflatten",
+        "test_prefix",
+        "test_interchange",
+    ),
+    mutant(
+        "every layer gets the first layer's prefix",
+        HERE,
+        "peft_lite/prefix.py",
+        "self.table.unflatten(1, (self.layers, -1))[:, i]",
+        "self.table.unflatten(1, (self.layers, -1))[:, 0]",
+        "test_prefix",
+        "test_interchange",
+    ),
+    mutant(
+        "a prompt is added at every step of a generation",
+        HERE,
+        "peft_lite/prompt.py",
+        "        if start:",
+        "        if True:",
+        "test_prompt",
+    ),
+    mutant(
+        "the tokens keep their positions under a prompt",
+        HERE,
+        "peft_lite/prompt.py",
+        "position_ids = position_ids + K",
+        "position_ids = position_ids + 0",
+        "test_prompt",
+        "test_interchange",
+    ),
+    mutant(
+        "the logits of a prompt shift the labels",
+        HERE,
+        "minigpt/gpt_neo.py",
+        "self.final_norm(x[:, T - input_ids.size(1) :])",
+        "self.final_norm(x[:, : input_ids.size(1)])",
+        "test_prompt",
+        "test_interchange",
+    ),
+    mutant(
+        "padding hides the prompt",
+        HERE,
+        "minigpt/gpt_neo.py",
+        "F.pad(attention_mask, (prompt.length, 0), value=1)",
+        "F.pad(attention_mask, (prompt.length, 0), value=0)",
+        "test_prompt",
+        "test_interchange",
+    ),
+    mutant(
+        "A of a table is read by columns of another row",
+        HERE,
+        "peft_lite/lora.py",
+        "F.embedding(ids, self.lora_a.T)",
+        "F.embedding(ids.flip(-1), self.lora_a.T)",
+        "test_lora_embedding",
+        "test_interchange",
+    ),
+]
+
+
+def apply(mutant: Mutant, folder: Path) -> None:
+    """Copies the packages to `folder`, with the fault."""
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    path = folder / mutant.file
+    path.write_text(path.read_text().replace(mutant.old, mutant.new))
+
+
+def killer(mutant: Mutant) -> str | None:
+    """The first test that fails with the fault in the code; None: it survives."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        apply(mutant, folder)
+        tests = [f"tests/{test}.py" for test in mutant.tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        run = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env=_environment(folder)
+        )
+    if run.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode != 1 or found is None:
+        raise RuntimeError(f"{mutant.name}: no test ran\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return found[1]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("name", nargs="*", help="mutants to try (default: all)")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    chosen = [m for m in MUTANTS if not given.name or m.name in given.name]
+    if unknown := set(given.name) - {m.name for m in MUTANTS}:
+        raise SystemExit(f"no mutant is called {sorted(unknown)}")
+    with ThreadPoolExecutor(given.jobs) as pool:
+        killers = []
+        for mutant, test in zip(chosen, pool.map(killer, chosen), strict=True):
+            print(f"{mutant.name}: {test or 'SURVIVES'}", flush=True)
+            killers.append(test)
+    if not given.name:
+        rows = zip(chosen, killers, strict=True)
+        TABLE.write_text(table([(m, test) for m, test in rows]))
+    return int(any(test is None for test in killers))
+
+
+def table(rows: list[tuple[Mutant, str | None]]) -> str:
+    lines = [
+        "# Mutants",
+        "",
+        "Each fault was put into the code on purpose (`make mutants`), and a test failed. Those "
+        "with a source",
+        "are faults that other libraries had or have.",
+        "",
+        "| fault | seen in | file | first test that fails |",
+        "|---|---|---|---|",
+    ]
+    for m, test in rows:
+        shown = "**survives**" if test is None else f"`{test.removeprefix('tests/')}`"
+        lines.append(f"| {m.name} | {m.seen} | `{m.file}` | {shown.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
