@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS
 from benchmarks.tables import ROOT
 
-BENCHMARKS = ("training_step", "memory", "generation", "startup")
+BENCHMARKS = ("training_step", "memory", "methods", "generation", "startup")
 
 
 def main() -> None:

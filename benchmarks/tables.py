@@ -13,16 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
+from benchmarks.methods import FULL, PEFT
 from benchmarks.startup import TORCH
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
+COSTS = """\
+Ours, and its ratio to HF PEFT's and to our full fine-tuning: median step, peak memory, bytes that
+autograd keeps between forward and backward, size of the saved file."""
 TITLES = {
     "full": "full fine-tuning",
     "frozen": "attention, embeddings frozen",
     "lora": "LoRA on query, value",
     "lora-all": "LoRA on all linears",
+}
+METHOD_COSTS = """\
+Ours, and its ratio to HF PEFT's and to our full fine-tuning: median step, peak memory, bytes that
+autograd keeps between forward and backward, size of the saved file."""
+TITLES = {
+    "lora": "LoRA, query, value, r 8",
+    "lora-all": "LoRA, all linears, r 8",
+    "dora": "DoRA, query, value, r 8",
+    "ia3": "IA3, key, value, mlp.down",
+    "prefix": "prefix of 20",
+    "prompt": "prompt of 20",
+    "bias": "biases",
+    "bottleneck": "Pfeiffer adapter, width 48",
 }
 
 
@@ -81,6 +98,41 @@ def generation(rows: Sequence[Mapping[str, str]]) -> list[Line]:
 
 def startup(rows: Sequence[Mapping[str, str]]) -> list[Line]:
     return [timed("beyond `import torch`", rows, minus=TORCH), timed("in all", rows)]
+
+
+def costs(steps: Sequence[Mapping[str, str]], bytes_: Sequence[Mapping[str, str]]) -> str:
+    """What each method costs, as Markdown: ours, and in brackets ours / HF PEFT's, ours / full."""
+    seconds = {
+        (m, side): [float(r["seconds"]) for r in steps if (r["method"], r["side"]) == (m, side)]
+        for m in _values(steps, "method")
+        for side in (OURS, PEFT, FULL)
+    }
+    rows = {(r["method"], r["side"]): r for r in bytes_}
+    columns = ["method", "trains", "step", "/ peft", "/ full", "peak", "/ peft", "/ full"]
+    columns += ["kept for backward", "/ peft", "file"]
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    full = rows[FULL, FULL]
+    for m in _values(steps, "method"):
+        ours, theirs = rows[m, OURS], rows.get((m, PEFT))
+        step = seconds[m, OURS]
+        cells = [METHOD_TITLES[m], f"{int(ours['trainable']):,}", f"{quartiles(step)[1]:.3g} s"]
+        cells += [_ratio(step, seconds[m, PEFT]), _ratio(step, seconds[m, FULL])]
+        cells.append(f"{int(ours['peak_bytes']) / 1e9:.3g} GB")
+        cells += [_of(ours, theirs, "peak_bytes"), _of(ours, full, "peak_bytes")]
+        cells += [f"{int(ours['saved_bytes']) / 1e6:.0f} MB", _of(ours, theirs, "saved_bytes")]
+        lines.append(_row([*cells, f"{int(ours['file_bytes']) / 1e6:.2f} MB"]))
+    return "\n".join(lines)
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Median of the rounds' ratios; nothing where there is no other side."""
+    if not theirs:
+        return ""
+    return f"{quartiles([a / b for a, b in zip(ours, theirs, strict=True)])[1]:.2f}"
+
+
+def _of(ours: Mapping[str, str], theirs: Mapping[str, str] | None, column: str) -> str:
+    return "" if theirs is None else f"{int(ours[column]) / int(theirs[column]):.2f}"
 
 
 def table(lines: Iterable[Line], timed: bool = True) -> str:
@@ -163,7 +215,10 @@ def main() -> None:
     for title, lines in sections.items():
         text += [f"### {title}", "", table(lines, timed=lines[0].unit == "s"), ""]
     text += ["### Peak memory of training above the imports", ""]
-    text += [table(memory(peaks, above_imports=True), timed=False)]
+    text += [table(memory(peaks, above_imports=True), timed=False), ""]
+    _, method_steps = read(given.out / "methods_step.csv")
+    _, method_bytes = read(given.out / "methods_memory.csv")
+    text += ["### What each method costs", "", COSTS, "", costs(method_steps, method_bytes)]
     docs = given.root / "docs"
     docs.mkdir(exist_ok=True)
     page = docs / "benchmarks.md"
