@@ -106,7 +106,8 @@ class Handle:
         """Makes a method act, and train, in the place of the others of its kind."""
         self._check_unmerged("switch")
         chosen = self._method(name)
-        for method in self.methods.values():
+        # the chosen one last: others may have trained the same weights
+        for method in sorted(self.methods.values(), key=lambda m: m is chosen):
             if method.kind == chosen.kind:
                 self._activate(method, method is chosen)
 
@@ -168,18 +169,18 @@ class Handle:
             name: the method to merge; None: all that act.
             untie: give a weight that is tied to another a copy of its own; otherwise it is refused.
         """
-        names = self.active if name is None else [name]
-        if not any(self._method(one).wrappers for one in names):
-            raise ValueError("the weights themselves train: there is nothing to merge")
-        chosen, tied = self._to_merge(names, untie)
+        chosen, tied = self._to_merge(self.active if name is None else [name], untie)
+        if not chosen:
+            raise ValueError("no layer amounts to other weights: there is nothing to merge")
         for wrapper in chosen:
             wrapper.merge(untie=wrapper in tied)
 
     def unmerge(self) -> None:
         """Restores the original weights to the bit."""
-        if not any(method.wrappers for method in self.methods.values()):
-            raise ValueError("the weights themselves train: there is nothing to unmerge")
-        for wrapper in reversed(self._mergeable(self.methods)):
+        mergeable = self._mergeable(self.methods)
+        if not mergeable:
+            raise ValueError("no layer amounts to other weights: there is nothing to unmerge")
+        for wrapper in reversed(mergeable):
             if wrapper.merged:
                 wrapper.unmerge()
 
@@ -188,11 +189,12 @@ class Handle:
         is left.
         """
         self._check_attached()
-        if not self._merged:
-            chosen, tied = self._to_merge(self.active, untie)
-            for wrapper in chosen:
-                wrapper.merge(untie=wrapper in tied)
-        for name in reversed(list(self.methods)):
+        left = [n for n in self.active if not any(w.merged for w in self._mergeable([n]))]
+        chosen, tied = self._to_merge(left, untie)
+        for wrapper in chosen:
+            wrapper.merge(untie=wrapper in tied)
+        # what acts comes off last: nothing else may stand around what it leaves
+        for name in sorted(self.methods, key=self.active.__contains__):
             self._take_off(name, fold=self.methods[name].active)
 
     def detach(self, name: str | None = None) -> None:
@@ -216,17 +218,14 @@ class Handle:
     def save(self, directory: str | Path, name: str | None = None) -> None:
         """Writes `adapter_config.json` and `adapter_model.safetensors` of a method."""
         method = self._only(name)
-        if any(w.merged for w in method.wrappers.values() if isinstance(w, WeightWrapper)):
-            raise ValueError("the adapter is merged into its model: unmerge it, then save")
-        if method.weights and not method.active:
-            raise ValueError(f"{name!r} does not act: switch to it, then save")
+        self._check_unmerged("save")
         files.write(Path(directory), files.config_json(self.model, method), self.state(name))
 
     def _put(self, name: str, method: Method) -> None:
         self._check_unmerged("attach")
         self._check_compatible(name, method)
         if not self.methods:
-            self._flags = {n: p.requires_grad for n, p in self.model.named_parameters()}
+            self._flags = {n: p.requires_grad for n, p in named_weights(self.model)}
             for _, p in named_weights(self.model):
                 p.requires_grad_(False)
             setattr(self.model, HANDLE, self)
@@ -239,9 +238,10 @@ class Handle:
 
     def _take_off(self, name: str, fold: bool) -> None:
         method = self.methods.pop(name)
+        if method.active:  # else another may train them now
+            for weight in method.weights.values():
+                weight.parameter.requires_grad_(False)
         method.uninstall(self.model, fold)
-        for weight in method.weights.values():
-            weight.parameter.requires_grad_(False)
         if not self.methods:
             for n, p in self.model.named_parameters():
                 p.requires_grad_(self._flags.get(n, True))

@@ -27,8 +27,9 @@ def weighted_sum(parts: Mapping[str, Method], weights: Mapping[str, float]) -> M
             raise ValueError(f"{name!r} is no LoRA: only their updates can be summed")
         if part.weights or not all(isinstance(w, LoraLayer) for w in part.wrappers.values()):
             raise ValueError(f"{name!r} trains biases or whole modules, which have no sum")
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"the weight of {name!r} is {weights[name]}, must be a finite number")
+        weight = weights[name]
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"the weight of {name!r} is {weight!r}, must be a finite number")
     places = dict.fromkeys(place for part in parts.values() for place in part.wrappers)
     wrappers: dict[str, Wrapper] = {}
     for place in places:

@@ -131,7 +131,7 @@ def state(model: nn.Module, method: Method) -> dict[str, Tensor]:
         layer, _, own = name.rpartition(".")
         below = layer in method.wrappers and not isinstance(method.wrappers[layer], Copied)
         full = hf_name(model, layer) + f".base_layer.{own}" if below else hf_name(model, name)
-        tensors[beginning + full] = weight.parameter.data
+        tensors[beginning + full] = weight.tuned(method.active)
     return tensors
 
 

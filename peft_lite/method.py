@@ -25,6 +25,10 @@ class InPlace:
         if self.keep:
             self.other = self.parameter.detach().clone()
 
+    def tuned(self, active: bool) -> Tensor:
+        """The tuned values, wherever they are now."""
+        return self.parameter.data if active or self.other is None else self.other
+
     def swap(self) -> None:
         """Original for tuned values, or back."""
         if self.other is not None:
@@ -56,6 +60,7 @@ class Method:
     def install(self, model: nn.Module) -> None:
         for name, w in self.wrappers.items():
             wrapper.insert(model, name, w)
+            w.begin()
         for weight in self.weights.values():
             weight.install()
         self.active = True

@@ -27,6 +27,11 @@ def add(
     for name, module in modules.items():
         if not any(True for _ in module.parameters()):
             raise ValueError(f"modules_to_save: {name} has no parameter to train")
+        if any(isinstance(part, Wrapper) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save: within {name} another method stands around a layer: "
+                "detach it before a copy is made"
+            )
     return {**wrappers, **{name: Copied(module) for name, module in modules.items()}}
 
 

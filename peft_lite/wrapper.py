@@ -41,6 +41,9 @@ class Wrapper(nn.Module):
         """What the method makes of the inputs."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Called when the wrapper stands in the model and no other method of its kind acts."""
+
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that the method trains."""
         base = {id(p) for p in self.base.parameters()}
@@ -117,9 +120,10 @@ class Copied(Wrapper):
     depth = 9
     cannot_merge = None
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self.copy = deepcopy(base).requires_grad_(True)  # its tensors are tied to none
+    copy: nn.Module
+
+    def begin(self) -> None:
+        self.copy = deepcopy(innermost(self.base)).requires_grad_(True)  # tied to nothing
 
     def changed(self, *inputs: Any) -> Any:
         return self.copy(*inputs)

@@ -178,11 +178,10 @@ def test_what_is_no_change_of_a_weight_is_not_merged(kind: str, method: str) -> 
     model, x, _, handle = shaken(kind, method)
     attached, tuned = Picture(model), of(model, x)
     reason = "nothing to merge" if method in ("bias", "freezing") else "cannot merge 'default'.*no"
-    if (kind, method) in {("bert", "bias"), ("transformers bert", "bias")}:
-        handle.merge()  # its classifier is a wrapper, which has nothing to merge
-    else:
-        with pytest.raises(ValueError, match=reason):
-            handle.merge()
+    with pytest.raises(ValueError, match=reason):
+        handle.merge()
+    with pytest.raises(ValueError, match="nothing to unmerge"):
+        handle.unmerge()
     assert Picture(model) == attached
     assert torch.equal(of(model, x), tuned)
 
