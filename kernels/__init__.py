@@ -1,5 +1,5 @@
 """The hot path of parameter-efficient fine-tuning."""
 
-from kernels.reference import lora_linear
+from kernels.lora_linear import lora_linear
 
 __all__ = ["lora_linear"]

@@ -1,0 +1,42 @@
+"""y = x W^T + b + s (drop(x) A^T) B^T, by the route that fits the machine."""
+
+import torch
+from torch import Tensor
+
+from kernels.lora_function import LoraFunction
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank update beside it.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N) or None.
+        lora_a, lora_b: A (R, K) and B (N, R), of any floating dtype.
+        scaling: s.
+        dropout_p: probability of dropping an input of A.
+        seed: of the dropout; None: drawn from torch's generator.
+
+    Returns:
+        (..., N), in x's dtype, or in autocast's where it is on.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if dropout_p and seed is None:
+        seed = int(torch.randint(2**62, ()))
+    rows = x.reshape(-1, x.size(-1)).to(dtype)
+    weight, a, b = weight.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        y: Tensor = LoraFunction.apply(rows, weight, bias, a, b, scaling, dropout_p, seed or 0)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.size(0))

@@ -1,0 +1,150 @@
+"""The LoRA product and its gradients against float64, whatever trains and whatever is dropped."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import lora_linear
+from kernels.lora_function import draw, pack, unpack
+from kernels.reference import lora_linear as reference
+from tests.closed_forms import lora_forward, lora_gradients
+
+SIZES = [(6, 13, 9, 4), (1, 5, 8, 1), (33, 7, 3, 7), (0, 4, 6, 2), (5, 1, 1, 1)]
+EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def inputs(M: int, K: int, N: int, R: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(M + K)
+    shapes = {"x": (M, K), "weight": (N, K), "bias": (N,), "lora_a": (R, K), "lora_b": (N, R)}
+    return {
+        name: torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def trained(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {n: t.clone().requires_grad_(n in names) for n, t in tensors.items()}
+
+
+def close(got: Tensor, want: np.ndarray, dtype: torch.dtype) -> None:
+    scale = max(1.0, float(np.abs(want).max(initial=0.0)))
+    np.testing.assert_allclose(got.detach().double(), want, rtol=0, atol=EPS[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_output_and_gradients_are_the_closed_form(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    given = trained(inputs(*sizes, dtype), "x", "weight", "bias", "lora_a", "lora_b")
+    dy = torch.randn(sizes[0], sizes[2]).to(dtype)
+    y = lora_linear(**given, scaling=1.7)
+    y.backward(dy)
+    x, w, bias, a, b = (t.detach().double() for t in given.values())
+    assert y.dtype == dtype
+    close(y, lora_forward(x, w, bias, a, b, 1.7), dtype)
+    dx, da, db = lora_gradients(x, dy.double(), w, a, b, 1.7)
+    wanted = [dx, (dy.double().T @ x).numpy(), dy.double().sum(0).numpy(), da, db]
+    for (name, tensor), want in zip(given.items(), wanted, strict=True):
+        assert tensor.grad is not None, name
+        assert tensor.grad.dtype == dtype
+        close(tensor.grad, want, dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "names",
+    [("lora_a",), ("lora_b",), ("x",), ("bias",), ("weight",), ("x", "lora_b"), ("lora_a", "bias")],
+)
+def test_gradients_come_for_what_trains_and_nothing_else(names: tuple[str, ...], p: float) -> None:
+    every = trained(inputs(6, 13, 9, 4), "x", "weight", "bias", "lora_a", "lora_b")
+    some = trained(inputs(6, 13, 9, 4), *names)
+    dy = torch.randn(6, 9, dtype=torch.float64)
+    for given in (every, some):
+        lora_linear(**given, scaling=0.6, dropout_p=p, seed=3).backward(dy)
+    for name, tensor in some.items():
+        assert (tensor.grad is None) == (name not in names)
+        if tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, every[name].grad)
+
+
+def test_dropout_is_the_mask_of_its_seed_forward_and_backward() -> None:
+    given = trained(inputs(40, 13, 9, 4), "x", "lora_a", "lora_b")
+    dy = torch.randn(40, 9, dtype=torch.float64)
+    y = lora_linear(**given, scaling=1.7, dropout_p=0.4, seed=11)
+    y.backward(dy)
+    x, w, bias, a, b = (t.detach() for t in given.values())
+    mask = draw(x, 0.4, 11).double() / 0.6
+    torch.testing.assert_close(
+        y.detach(), x @ w.T + bias + 1.7 * (x * mask) @ a.T @ b.T, rtol=1e-12, atol=1e-12
+    )
+    for name, want in zip(
+        ("x", "lora_a", "lora_b"), lora_gradients(x, dy, w, a, b, 1.7, kept=mask), strict=True
+    ):
+        close(given[name].grad, want, torch.float64)
+
+
+def test_seeds_differ_unless_the_generator_says_otherwise() -> None:
+    given = inputs(40, 13, 9, 4)
+    torch.manual_seed(0)
+    first, second = (lora_linear(**given, scaling=1.0, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(lora_linear(**given, scaling=1.0, dropout_p=0.5), first)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (0, 7), (8, 8), (31, 1)])
+def test_a_packed_mask_is_an_eighth_and_comes_back(shape: tuple[int, int]) -> None:
+    mask = torch.rand(shape) < 0.5
+    bits = pack(mask)
+    assert bits.numel() == -(-mask.numel() // 8)
+    assert torch.equal(unpack(bits, mask.shape), mask)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_what_is_kept_for_the_backward_pass_is_x_its_image_under_a_and_a_bit_mask(p: float) -> None:
+    given = trained(inputs(64, 40, 24, 3, torch.float32), "lora_a", "lora_b")
+    kept: list[Tensor] = []
+
+    def pack_hook(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
+        lora_linear(**given, scaling=1.0, dropout_p=p)
+    parameters = {t.data_ptr() for name, t in given.items() if name != "x"}
+    own = {t.data_ptr(): t for t in kept if t.data_ptr() not in parameters}
+    bits = 64 * 40 // 8 if p else 0
+    assert sum(t.nbytes for t in own.values()) == 4 * (64 * 40 + 64 * 3) + bits
+
+
+def test_it_follows_autocast() -> None:
+    given = trained(inputs(6, 13, 9, 4, torch.float32), "x", "lora_a", "lora_b")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(**given, scaling=1.7)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(given[n].grad.dtype == torch.float32 for n in ("x", "lora_a", "lora_b"))
+    close(y, lora_forward(*(t.detach() for t in given.values()), 1.7), torch.bfloat16)
+
+
+def test_strides_and_leading_shapes_do_not_matter() -> None:
+    given = inputs(24, 13, 9, 4)
+    wide = torch.randn(2, 3, 26, 4, dtype=torch.float64)
+    x = wide.transpose(2, 3)[..., ::2]
+    assert not x.is_contiguous()
+    y = lora_linear(**{**given, "x": x}, scaling=1.7)
+    assert y.shape == (2, 3, 4, 9)
+    torch.testing.assert_close(y, reference(**{**given, "x": x.contiguous()}, scaling=1.7))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    found = []
+    for _ in range(2):
+        given = trained(inputs(64, 40, 24, 3, torch.float32), "x", "lora_a", "lora_b")
+        lora_linear(**given, scaling=1.7, dropout_p=0.2, seed=5).sin().sum().backward()
+        found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
