@@ -178,6 +178,9 @@ def config_json(model: Model) -> dict[str, Any]:
         settings["attention_layers"] = list(model.config.layers)
         settings["attention_types"] = [[[layer], 1] for layer in model.config.layers]
     settings |= {"model_type": kind, "architectures": [architecture.titles[head]]}
+    logits = getattr(model.head, "decoder", model.head)
+    if isinstance(logits, nn.Linear) and logits.weight is not model.embeddings.token.weight:
+        settings["tie_word_embeddings"] = False  # a folded adapter untied them
     settings["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if head == "classification":
         settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}

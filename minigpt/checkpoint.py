@@ -95,13 +95,18 @@ def save(model: Model, directory: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():  # a tied one once: transformers ties it again
         tensors[model.names.to_hf(name)] = p.detach().contiguous()
+    settings = config_json(model)
+    bias = tensors.get("cls.predictions.bias")
+    if bias is not None and not settings["tie_word_embeddings"]:
+        # transformers then has the bias under two names
+        tensors["cls.predictions.decoder.bias"] = bias.clone()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     publish(partial, folder / "model.safetensors")
     partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config_json(model), indent=2) + "\n")
+    partial.write_text(json.dumps(settings, indent=2) + "\n")
     publish(partial, folder / "config.json")
 
 
