@@ -53,7 +53,7 @@ def check_trainable(
 ) -> Trainability:
     """Takes the gradient of a loss and says which trainable tensors get none.
 
-    Weights, gradients and torch's random state are afterwards what they were.
+    Weights, buffers, gradients and torch's random state are afterwards what they were.
 
     Args:
         batch: what `loss` takes; without one, the model's input, or its inputs by name.
@@ -65,6 +65,7 @@ def check_trainable(
     frozen = {n: _checksum(p) for n, p in model.named_parameters() if not p.requires_grad}
     values = {name: p.detach().clone() for name, p in trained.items()}
     grads = {name: p.grad for name, p in trained.items()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     loss = loss or _random_sum
     with torch.random.fork_rng():
         try:
@@ -83,6 +84,8 @@ def check_trainable(
                 for name, p in trained.items():
                     p.copy_(values[name])
                     p.grad = grads[name]
+                for buffer, value in buffers:  # the averages of a batch norm
+                    buffer.copy_(value)
     found: dict[str, float] = {}
     waiting: list[str] = []
     faults: dict[str, str] = {}
