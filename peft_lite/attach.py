@@ -304,7 +304,7 @@ class Handle:
 
     def _mergeable(self, names: Iterable[str]) -> list[WeightWrapper]:
         """The wrappers of these methods that can merge, the innermost first."""
-        wrappers = [w for name in names for w in self.methods[name].wrappers.values()]
+        wrappers = [w for name in names for w in self._method(name).wrappers.values()]
         return sorted((w for w in wrappers if isinstance(w, WeightWrapper)), key=lambda w: w.depth)
 
     def _to_merge(

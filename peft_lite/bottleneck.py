@@ -59,7 +59,7 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("placement", PLACES), ("non_linearity", NON_LINEARITIES)):
-            if (value := getattr(self, name)) not in allowed:
+            if (value := getattr(self, name)) not in tuple(allowed):
                 raise ValueError(
                     f"{name} is {value!r}, must be one of {', '.join(allowed)}"
                     + nearest(str(value), allowed)

@@ -33,6 +33,11 @@ class DoraConfig(LoraConfig):
 
     detach_norm: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.detach_norm, bool):
+            raise ValueError(f"detach_norm is {self.detach_norm!r}, must be true or false")
+
 
 class DoraLinear(LoraLinear):
     """A linear layer whose weight has its magnitude (out,) and its direction trained apart."""

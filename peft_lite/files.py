@@ -127,7 +127,7 @@ def state(model: nn.Module, method: Method) -> dict[str, Tensor]:
         for end, tensor in wrapper.tensors().items():
             full = end if wrapper.whole_model else beginning + hf_name(model, f"{name}.{end}")
             tensors[full] = tensor
-    for name, weight in method.weights.items():
+    for name, weight in method.weights_once().items():
         layer, _, own = name.rpartition(".")
         below = layer in method.wrappers and not isinstance(method.wrappers[layer], Copied)
         full = hf_name(model, layer) + f".base_layer.{own}" if below else hf_name(model, name)

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from peft_lite.method import InPlace, Method
-from peft_lite.select import Patterns, in_layers, select_parameters
+from peft_lite.select import (
+    Patterns,
+    check_layers,
+    check_patterns,
+    in_layers,
+    select_parameters,
+)
 from peft_lite.wrapper import named_weights
 
 
@@ -29,6 +35,10 @@ class FreezeConfig:
     def __post_init__(self) -> None:
         if (self.train is None) == (self.freeze is None):
             raise ValueError("give either train= or freeze=, the patterns of one of the two")
+        for field in ("train", "freeze"):
+            if getattr(self, field) is not None:
+                check_patterns(field, getattr(self, field))
+        check_layers(self.layers_to_transform)
 
 
 def chosen(model: nn.Module, config: FreezeConfig) -> set[str]:

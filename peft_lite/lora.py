@@ -28,7 +28,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from kernels import lora_linear
 from peft_lite import bias, saved
 from peft_lite.method import Method
-from peft_lite.select import Patterns, check_patterns, in_layers, resolve_pattern, select_modules
+from peft_lite.select import (
+    Patterns,
+    check_layers,
+    check_patterns,
+    in_layers,
+    resolve_pattern,
+    select_modules,
+)
 from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight
 
 logger = logging.getLogger(__name__)
@@ -65,22 +72,27 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check_patterns("target_modules", self.target_modules)
         for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be a dictionary")
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
+                raise ValueError(f"{name} is {pattern!r}, must be a dictionary with names as keys")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora is {self.use_rslora!r}, must be true or false")
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"rank r is {r}, must be a whole number of at least 1")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            if not _is_number(alpha) or not 0 < alpha < math.inf:
                 raise ValueError(f"lora_alpha is {alpha}, must be a positive number")
-        p = self.lora_dropout
-        if not isinstance(p, int | float) or not 0 <= p < 1:
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, must lie in [0, 1)")
+        check_layers(self.layers_to_transform)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}, must be 'none', 'all' or 'lora_only'")
         saved.check(self.modules_to_save)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class LoraLayer(WeightWrapper):

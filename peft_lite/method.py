@@ -57,18 +57,25 @@ class Method:
         parts += [weight.parameter for weight in self.weights.values()]
         return list({id(p): p for p in parts}.values())
 
+    def weights_once(self) -> dict[str, InPlace]:
+        """Its weights, a tied one under its first name alone."""
+        first: dict[int, str] = {}
+        for name, weight in self.weights.items():
+            first.setdefault(id(weight.parameter), name)
+        return {name: self.weights[name] for name in first.values()}
+
     def install(self, model: nn.Module) -> None:
         for name, w in self.wrappers.items():
             wrapper.insert(model, name, w)
             w.begin()
-        for weight in self.weights.values():
+        for weight in self.weights_once().values():
             weight.install()
         self.active = True
 
     def activate(self, active: bool) -> None:
         """Acts, or steps aside."""
         if active != self.active:
-            for weight in self.weights.values():
+            for weight in self.weights_once().values():
                 weight.swap()
         self.active = active
         for w in self.wrappers.values():

@@ -50,14 +50,21 @@ class PrefixConfig:
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "encoder_hidden_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value}, must be a whole number of at least 1")
+        check_count("num_virtual_tokens", self.num_virtual_tokens)
+        if self.encoder_hidden_size is not None:
+            check_count("encoder_hidden_size", self.encoder_hidden_size)
+        if not isinstance(self.prefix_projection, bool):
+            value = self.prefix_projection
+            raise ValueError(f"prefix_projection is {value!r}, must be true or false")
         if self.form not in FORMS:
             near = nearest(str(self.form), FORMS)
             raise ValueError(f"form is {self.form!r}, must be 'fixed' or 'peft'{near}")
         saved.check(self.modules_to_save)
+
+
+def check_count(field: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field} is {value!r}, must be a whole number of at least 1")
 
 
 class PrefixTable(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_lite import saved
 from peft_lite.method import Method
-from peft_lite.prefix import slots_named
+from peft_lite.prefix import check_count, slots_named
 from peft_lite.select import nearest
 from peft_lite.wrapper import Wrapper, dense_weight, innermost, named_layers
 
@@ -40,9 +40,7 @@ class PromptConfig:
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        K = self.num_virtual_tokens
-        if not isinstance(K, int) or K < 1:
-            raise ValueError(f"num_virtual_tokens is {K}, must be a whole number of at least 1")
+        check_count("num_virtual_tokens", self.num_virtual_tokens)
         if self.prompt_tuning_init not in STARTS:
             raise ValueError(
                 f"prompt_tuning_init is {self.prompt_tuning_init!r}, must be one of "

@@ -13,7 +13,11 @@ from peft_lite.wrapper import Copied, Wrapper
 
 
 def check(modules_to_save: Sequence[str] | None) -> None:
-    if isinstance(modules_to_save, str):
+    if modules_to_save is not None and not (
+        isinstance(modules_to_save, Sequence)
+        and not isinstance(modules_to_save, str)
+        and all(isinstance(name, str) for name in modules_to_save)
+    ):
         raise ValueError(f"modules_to_save is {modules_to_save!r}, must be a list of names")
 
 

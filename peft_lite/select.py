@@ -118,6 +118,17 @@ def check_patterns(field: str, patterns: object) -> None:
         raise ValueError(f"{field} is {patterns!r}, must be names or a string")
 
 
+def check_layers(numbers: object) -> None:
+    """None, the number of a block, or some of them."""
+    several = [numbers] if isinstance(numbers, int) else numbers
+    if numbers is not None and not (
+        isinstance(several, Sequence)
+        and several
+        and all(isinstance(n, int) and not isinstance(n, bool) for n in several)
+    ):
+        raise ValueError(f"layers_to_transform is {numbers!r}, must be one or more whole numbers")
+
+
 def resolve_pattern(
     model: nn.Module, layers: Iterable[str], pattern: Mapping[str, V], field: str
 ) -> dict[str, V]:

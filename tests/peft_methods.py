@@ -69,12 +69,19 @@ PLAIN: dict[str, Any] = {
     "ia3": IA3Config(["inner.0", "inner.2"], ["inner.2"]),
     "freezing": FreezeConfig(train=["inner.2"]),
 }
+TIED: dict[str, Any] = {  # a masked-language head has its weight and bias under two names
+    "lora with all biases": LoraConfig(["query"], r=3, bias="all"),
+    "bias": BiasConfig(["predictions"]),
+    "freezing": FreezeConfig(train=["predictions"]),
+}
 ONCE = ("lora with", "lora of", "dora of", "houlsby")  # on our models only
 TABLES = {
     "gpt-neo": {**GPT_NEO, **OURS},
     "bert": {**BERT, **OURS},
     "transformers gpt-neo": {m: c for m, c in GPT_NEO.items() if not m.startswith(ONCE)},
     "transformers bert": {m: c for m, c in BERT.items() if not m.startswith(ONCE)},
+    "bert masked": TIED,
+    "transformers bert masked": TIED,
     "plain": PLAIN,
 }
 CASES = [(kind, method) for kind, table in TABLES.items() for method in table]
@@ -85,6 +92,8 @@ IN_PLACE: dict[tuple[str, str], Callable[[str], bool]] = {
     ("gpt-neo", "lora with its layers' biases"): lambda n: n.endswith("c_fc.bias"),
     ("bert", "lora with its layers' biases"): lambda n: n.endswith(("query.bias", "key.bias")),
     ("bert", "bias"): lambda n: n.endswith("bias") and "classifier" not in n,
+    ("bert masked", "bias"): lambda n: "predictions" in n and n.endswith("bias"),
+    ("bert masked", "freezing"): lambda n: "predictions" in n or "word_embeddings" in n,
     ("plain", "bias"): lambda n: n == "inner.0.bias",
     ("gpt-neo", "freezing"): lambda n: ".ln_1." in n or ".c_fc." in n,
     ("bert", "freezing"): lambda n: "attention" not in n and "embeddings" not in n,
