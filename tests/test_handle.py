@@ -137,7 +137,10 @@ def test_switched_off_the_model_is_its_base_and_then_the_method_again(
 
 @every_case
 def test_modes_change_no_weight(kind: str, method: str) -> None:
-    model, _, _, handle = shaken(kind, method)
+    model = fresh(kind)
+    handle = peft_lite.attach(model, TABLES[kind][method])
+    assert not any(m.training for m in model.modules() if hasattr(m, "base"))
+    shake(trained(model).values())
     for merged in (False, True):
         if merged and mergeable(method):
             handle.merge()
