@@ -1,9 +1,12 @@
 """y = x W^T + b + s (drop(x) A^T) B^T, by the route that fits the machine."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.lora_function import LoraFunction
+
+FEW = 5  # rows
 
 
 def lora_linear(
@@ -37,6 +40,21 @@ def lora_linear(
     rows = x.reshape(-1, x.size(-1)).to(dtype)
     weight, a, b = weight.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
     bias = None if bias is None else bias.to(dtype)
+    trained = any(t is not None and t.requires_grad for t in (rows, weight, bias, a, b))
+    decoding = dtype == torch.float32 and device == "cpu" and 0 < len(rows) <= FEW
+    if decoding and not dropout_p and not (torch.is_grad_enabled() and trained):
+        return _few_rows(rows, weight, bias, a, b, scaling).view(*x.shape[:-1], weight.size(0))
     with torch.autocast(device, enabled=False):
         y: Tensor = LoraFunction.apply(rows, weight, bias, a, b, scaling, dropout_p, seed or 0)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.size(0))
+
+
+def _few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
+    """Rows (M, K) of a generation on a CPU, where the time is that of reading W once: from the left
+    it is read fastest, y^T = W x^T + s B (A x^T), if x^T has at least two columns.
+    """
+    columns = (F.pad(x, (0, 0, 0, 1)) if len(x) == 1 else x).T
+    y = torch.addmm(weight @ columns, b, a @ columns, alpha=scaling).T[: len(x)].contiguous()
+    return y if bias is None else y + bias

@@ -149,9 +149,12 @@ class ClippedAdamW(_Clipped):
                     max_norm=group["max_norm"],
                 )
                 continue
-            skip = (~norm.isfinite()).float()  # both factors have to be float32
-            scale = ((norm + 1e-6) / group["max_norm"]).clamp(min=1).float()  # g is divided by it
+            skip = (~norm.isfinite()).float()
             step += 1 - skip
+            scale = ((norm + 1e-6) / group["max_norm"]).clamp(min=1)  # g is divided by it
+            if params[0].dtype == torch.float64:  # the fused update takes a scale in float32 only
+                torch._foreach_div_(columns[1], scale)
+                scale = torch.ones_like(skip)
             torch._fused_adamw_(  # type: ignore[call-overload]
                 *columns,
                 [],
@@ -161,7 +164,7 @@ class ClippedAdamW(_Clipped):
                 beta2=group["betas"][1],
                 amsgrad=False,
                 maximize=False,
-                grad_scale=scale,
+                grad_scale=scale.float(),
                 found_inf=skip,
             )
         return norm

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.linear import Linear
 from minigpt.slots import NoPrefix, Projection
 
 
@@ -105,10 +106,10 @@ class Attention(nn.Module):
         window: int | None = None,
     ) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, width, bias=bias)
-        self.value = nn.Linear(width, width, bias=bias)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width, bias=bias)
+        self.key = Linear(width, width, bias=bias)
+        self.value = Linear(width, width, bias=bias)
+        self.output = Linear(width, width)
         self.project = Projection()
         self.prefix = NoPrefix()
         self.attend = fast_attention

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minigpt.attention import Attention, positions
 from minigpt.config import one_of, positive, probability
+from minigpt.linear import Linear
 from minigpt.mlp import ACTIVATIONS, MLP
 from minigpt.names import Names
 from minigpt.slots import NoPrompt
@@ -135,9 +136,9 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         dropout = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        self.classifier = Linear(config.hidden_size, num_labels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(x))
@@ -181,7 +182,7 @@ class Bert(nn.Module):
         if head == "masked-lm":
             self.head = MaskedLMHead(config)
         else:
-            self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+            self.pooler = Linear(config.hidden_size, config.hidden_size)
         if self.classifies:
             self.head = ClassificationHead(config, num_labels)
         self.apply(self.initialize)

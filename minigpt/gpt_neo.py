@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minigpt.attention import Attention, Cache, positions, visible
 from minigpt.config import one_of, positive, probability
+from minigpt.linear import Linear
 from minigpt.mlp import ACTIVATIONS, MLP
 from minigpt.names import Names
 from minigpt.slots import NoPrompt
@@ -152,7 +153,7 @@ class GPTNeo(nn.Module):
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
         self.head: nn.Module = nn.Identity()
         if head == "causal-lm":
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self.initialize)
         self.tie()
 

