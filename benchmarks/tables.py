@@ -28,10 +28,7 @@ TITLES = {
     "lora": "LoRA on query, value",
     "lora-all": "LoRA on all linears",
 }
-METHOD_COSTS = """\
-Ours, and its ratio to HF PEFT's and to our full fine-tuning: median step, peak memory, bytes that
-autograd keeps between forward and backward, size of the saved file."""
-TITLES = {
+METHOD_TITLES = {
     "lora": "LoRA, query, value, r 8",
     "lora-all": "LoRA, all linears, r 8",
     "dora": "DoRA, query, value, r 8",

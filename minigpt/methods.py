@@ -46,6 +46,16 @@ class MethodOptions:
     projection: int | None = option(
         "prefix: inner width of a reparametrising MLP (default: none)", None
     )
+    form: str | None = option(
+        "prefix: positions of real tokens stay, or move on as in HF PEFT (default: fixed)",
+        None,
+        choices=("fixed", "peft"),
+    )
+    feedforward: list[str] | None = option(
+        "ia3: those of the targets whose input is scaled, not their output (default: none; "
+        f"without --target: {' '.join(SCALED_BEFORE)})",
+        None,
+    )
     train: list[str] | None = option("freeze: parts of parameter names; only these train", None)
     freeze: list[str] | None = option(
         f"freeze: parts of parameter names; all others train (default: {' '.join(FREEZE)})",
@@ -92,9 +102,9 @@ def _bias(options: MethodOptions) -> peft_lite.BiasConfig:
 
 
 def _ia3(options: MethodOptions) -> peft_lite.IA3Config:
-    if options.target:
-        return peft_lite.IA3Config(_patterns(options.target))
-    return peft_lite.IA3Config(SCALED, SCALED_BEFORE)
+    if options.target is None:
+        return peft_lite.IA3Config(SCALED, options.feedforward or SCALED_BEFORE)
+    return peft_lite.IA3Config(_patterns(options.target), options.feedforward or ())
 
 
 def _bottleneck(options: MethodOptions) -> peft_lite.BottleneckConfig:
@@ -110,6 +120,7 @@ def _prefix(options: MethodOptions) -> peft_lite.PrefixConfig:
         num_virtual_tokens=_length(options),
         prefix_projection=options.projection is not None,
         encoder_hidden_size=options.projection,
+        form=options.form or "fixed",
     )
 
 
@@ -136,6 +147,8 @@ BELONGS = {
     "placement": ("bottleneck",),
     "virtual_tokens": ("prefix", "prompt"),
     "projection": ("prefix",),
+    "form": ("prefix",),
+    "feedforward": ("ia3",),
     "train": ("freeze",),
     "freeze": ("freeze",),
     "layers": ("freeze", "lora", "dora"),

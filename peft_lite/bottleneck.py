@@ -8,7 +8,8 @@ pfeiffer  after the MLP                       Pfeiffer et al. 2021, https://arxi
 parallel  beside the MLP                      He et al. 2022, https://arxiv.org/abs/2110.04366
 
 They act inside the block, before dropout, residual and norm.  W_up and b_up start at 0, so that
-h' = h at first.  2 D R + R + D parameters each.
+h' = h at first.  2 D R + R + D parameters each.  Not as in the papers: norms do not train along
+(Houlsby's do), and the parallel form has no factor before it.
 
 Shapes:  D width   R width of the bottleneck
 """

@@ -11,7 +11,7 @@ Two forms:
 
 2 L K D parameters, or with the reparametrising MLP, of which only what it computes is saved,
 
-    P = tanh(E W_1^T + b_1) W_2^T + b_2        E (K, D), W_1 (I, D), W_2 (2 L D, I)
+    P = tanh(E W_1^T + b_1) W_2^T + b_2        E (K, D), W_1 (I, D), W_2 (L 2 D, I)
 
 Shapes:  K prefix length   L layers   H key/value heads   N head width   D = H N
          B batch   T queries   S real keys

@@ -193,6 +193,7 @@ ADAPTERS: dict[str, tuple[list[str], int]] = {  # D = 32, two blocks, 23 biases 
     "lora of a table": (["--target", "wte", "--rank", "2"], 2 * (300 + 32)),
     "ia3": ([], 2 * (32 + 32 + 128)),
     "ia3 of the values": (["--target", "value"], 2 * 32),
+    "ia3 before the layers": (["--target", "up", "--feedforward", "up"], 2 * 32),
     "bottleneck": (["--rank", "6"], 2 * (2 * 32 * 6 + 6 + 32)),
     "bottleneck houlsby": (["--placement", "houlsby", "--rank", "6"], 4 * (2 * 32 * 6 + 6 + 32)),
     "bottleneck parallel": (["--placement", "parallel", "--rank", "6"], 2 * (2 * 32 * 6 + 38)),
@@ -201,6 +202,7 @@ ADAPTERS: dict[str, tuple[list[str], int]] = {  # D = 32, two blocks, 23 biases 
         ["--virtual-tokens", "5", "--projection", "7"],
         5 * 32 + 7 * 32 + 7 + 128 * 7 + 128,
     ),
+    "prefix in the form of peft": (["--virtual-tokens", "5", "--form", "peft"], 2 * 2 * 5 * 32),
     "prompt": (["--virtual-tokens", "5"], 5 * 32),
 }
 

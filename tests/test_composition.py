@@ -628,6 +628,6 @@ def test_an_untied_and_folded_model_is_saved_as_one_that_is_not_tied(tmp_path: P
         put(model, {"lora": LoraConfig([head], r=3)}).fold(untie=True)
         expected = of(model, tokens())
         minigpt.save(model, folder)
-        assert torch.equal(of(minigpt.load(folder), tokens()), expected)
+        assert same(minigpt.load(folder).state_dict(), model.state_dict())
         theirs = classes.from_pretrained(folder).eval()
         torch.testing.assert_close(of(theirs, tokens()), expected, rtol=0, atol=1e-4)

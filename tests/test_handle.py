@@ -204,7 +204,7 @@ def test_fold_leaves_a_plain_model_that_can_be_saved(
     assert all(p.requires_grad for p in model.parameters())
     close(of(model, x), tuned)
     minigpt.save(model, tmp_path)
-    assert torch.equal(of(minigpt.load(tmp_path), x), of(model, x))
+    assert same(minigpt.load(tmp_path).state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="detached"):
         handle.fold()
     peft_lite.attach(model, TABLES[kind][method])

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import minigpt
 import peft_lite
@@ -113,11 +112,11 @@ def test_fold_keeps_the_copy_in_the_place_of_the_models_own(tmp_path: Path) -> N
         shake(trained(model).values())
         tuned = of(model, tokens())
         handle.fold()
-        assert type(model.head.classifier) is nn.Linear
+        assert type(model.head.classifier) is type(own)
         assert model.head.classifier is not own
         torch.testing.assert_close(of(model, tokens()), tuned, rtol=0, atol=1e-5)
         minigpt.save(model, tmp_path / name)
-        assert torch.equal(of(minigpt.load(tmp_path / name), tokens()), of(model, tokens()))
+        assert same(minigpt.load(tmp_path / name).state_dict(), model.state_dict())
 
 
 def test_the_copy_of_a_tied_head_is_tied_to_nothing() -> None:
