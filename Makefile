@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
 	$(BIN)/python -m minigpt.demo
@@ -17,6 +17,9 @@ lint: .venv/test          ## style and types
 
 bench: .venv/test         ## measure against the peers, write benchmarks/results/*.csv and the tables
 	$(BIN)/python -m benchmarks
+
+mutants: .venv/test       ## put faults into the code, one at a time: a test fails for each
+	$(BIN)/python -m tests.mutants
 
 .venv/demo: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
