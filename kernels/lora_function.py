@@ -92,3 +92,46 @@ class LoraFunction(torch.autograd.Function):
         dbias = dy.sum(0) if needs_bias else None
         db = s * (dy.T @ xa) if needs_b else None
         return dx, dw, dbias, da, db, None, None, None
+
+
+class TritonLoraFunction(torch.autograd.Function):
+    """The same by the kernels of kernels/lora_kernels.py: no mask is kept, dropout is Philox of the
+    seed wherever it is needed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: int,
+    ) -> Tensor:
+        from kernels.lora_kernels import expand, shrink
+
+        xa = shrink(x, a, 1.0, dropout_p, seed)
+        y = expand(x, weight, bias, xa, b, scaling)
+        reads_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if reads_x else None, weight, a, b, xa)
+        ctx.settings = (scaling, dropout_p, seed)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from kernels.lora_kernels import expand, outer, shrink
+
+        x, weight, a, b, xa = ctx.saved_tensors
+        s, p, seed = ctx.settings
+        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        ds = shrink(dy, b.T, s)  # (M, R)
+        dx = expand(dy, weight.T, None, ds, a.T, 1.0, p, seed) if needs_x else None
+        da = outer(ds, x, 1.0, p, seed).to(a.dtype) if needs_a else None
+        db = outer(xa, dy, s).T.to(b.dtype) if needs_b else None
+        dw = dy.T @ x if needs_weight else None
+        dbias = dy.sum(0) if needs_bias else None
+        return dx, dw, dbias, da, db, None, None, None

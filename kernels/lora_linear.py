@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.lora_function import LoraFunction
+from kernels.dispatch import route
+from kernels.lora_function import LoraFunction, TritonLoraFunction
 
 FEW = 5  # rows
 
@@ -18,6 +19,7 @@ def lora_linear(
     scaling: float,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """A linear layer with a low-rank update beside it.
 
@@ -29,6 +31,7 @@ def lora_linear(
         scaling: s.
         dropout_p: probability of dropping an input of A.
         seed: of the dropout; None: drawn from torch's generator.
+        backend: "torch", "triton", or "auto": what the table in kernels/dispatch.py says.
 
     Returns:
         (..., N), in x's dtype, or in autocast's where it is on.
@@ -36,16 +39,22 @@ def lora_linear(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if dropout_p and seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**31, ()))
     rows = x.reshape(-1, x.size(-1)).to(dtype)
     weight, a, b = weight.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    trained = any(t is not None and t.requires_grad for t in (rows, weight, bias, a, b))
-    decoding = dtype == torch.float32 and device == "cpu" and 0 < len(rows) <= FEW
-    if decoding and not dropout_p and not (torch.is_grad_enabled() and trained):
-        return _few_rows(rows, weight, bias, a, b, scaling).view(*x.shape[:-1], weight.size(0))
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (rows, weight, bias, a, b)
+    )
+    chosen = route(backend, rows, weight, len(a), dropout_p)
+    few = 0 < len(rows) <= FEW and device == "cpu" and dtype == torch.float32
+    y: Tensor
     with torch.autocast(device, enabled=False):
-        y: Tensor = LoraFunction.apply(rows, weight, bias, a, b, scaling, dropout_p, seed or 0)  # type: ignore[no-untyped-call]
+        if few and chosen == "torch" and not trains and not dropout_p:
+            y = _few_rows(rows, weight, bias, a, b, scaling)
+        else:
+            function = TritonLoraFunction if chosen == "triton" else LoraFunction
+            y = function.apply(rows, weight, bias, a, b, scaling, dropout_p, seed or 0)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.size(0))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import lora_linear
+from kernels.dispatch import Measured, look_up
 from kernels.lora_function import draw, pack, unpack
 from kernels.reference import lora_linear as reference
 from tests.closed_forms import lora_forward, lora_gradients
@@ -148,3 +149,86 @@ def test_two_runs_give_the_same_bits() -> None:
         lora_linear(**given, scaling=1.7, dropout_p=0.2, seed=5).sin().sum().backward()
         found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+ODD = [(6, 13, 9, 4), (33, 70, 131, 7), (1, 64, 16, 1), (0, 5, 6, 2), (600, 19, 35, 17)]
+
+
+def philox(M: int, K: int, p: float, seed: int) -> Tensor:
+    """The mask of the kernels, read from what they make of ones: drop(1) I^T / (1 - p)."""
+    from kernels.lora_kernels import shrink
+
+    return shrink(torch.ones(M, K), torch.eye(K), 1.0, p, seed) * (1 - p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", ODD)
+def test_triton_is_the_closed_form_forward_and_backward(
+    sizes: tuple[int, int, int, int], p: float, dtype: torch.dtype
+) -> None:
+    M, K, N, _ = sizes
+    given = trained(inputs(*sizes, dtype), "x", "weight", "bias", "lora_a", "lora_b")
+    dy = torch.randn(M, N).to(dtype)
+    y = lora_linear(**given, scaling=1.7, dropout_p=p, seed=5, backend="triton")
+    y.backward(dy)
+    x, w, bias, a, b = (t.detach().double() for t in given.values())
+    kept = (philox(M, K, p, 5).double() if p else torch.ones(M, K).double()) / (1 - p)
+    if p and M * K > 1000:
+        assert (kept > 0).double().mean().item() == pytest.approx(1 - p, abs=0.05)
+    assert y.dtype == dtype
+    close(y, (x @ w.T + bias + 1.7 * (kept * x) @ a.T @ b.T).numpy(), dtype)
+    dx, da, db = lora_gradients(x, dy.double(), w, a, b, 1.7, kept=kept)
+    wanted = [dx, (dy.double().T @ x).numpy(), dy.double().sum(0).numpy(), da, db]
+    for (name, tensor), want in zip(given.items(), wanted, strict=True):
+        assert tensor.grad is not None, name
+        close(tensor.grad, want, dtype)
+
+
+def test_triton_takes_any_strides() -> None:
+    given = inputs(24, 13, 9, 4, torch.float32)
+    views = {
+        name: torch.randn(len(t), 2 * t.size(1) + 1)[:, 1::2]
+        for name, t in given.items()
+        if t.dim() > 1
+    }
+    assert not any(t.is_contiguous() for t in views.values())
+    y = lora_linear(**views, bias=given["bias"], scaling=1.7, backend="triton")
+    x, w, a, b = (views[name] for name in ("x", "weight", "lora_a", "lora_b"))
+    close(y, lora_forward(x, w, given["bias"], a, b, 1.7), torch.float32)
+
+
+def test_triton_gives_the_same_bits_twice_and_others_for_another_seed() -> None:
+    found = []
+    for seed in (5, 5, 6):
+        given = trained(inputs(70, 40, 24, 3, torch.float32), "x", "lora_a", "lora_b")
+        y = lora_linear(**given, scaling=1.7, dropout_p=0.2, seed=seed, backend="triton")
+        y.sin().sum().backward()
+        found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
+    first, second, third = found
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+
+
+ROW = Measured((9, 0), "bfloat16", 8192, 4096, 4096, 16, False, "triton")
+SMALL = ROW._replace(M=4096, K=768, N=768, R=8, route="torch")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "capability", "dtype", "dropout", "route"),
+    [
+        ((8192, 4096, 4096, 16), (9, 0), "bfloat16", False, "triton"),
+        ((5000, 4096, 8192, 32), (9, 0), "bfloat16", False, "triton"),
+        ((4096, 768, 768, 8), (9, 0), "bfloat16", False, "torch"),
+        ((4000, 4096, 4096, 16), (9, 0), "bfloat16", False, "torch"),
+        ((8192, 4096, 4096, 16), (8, 0), "bfloat16", False, "torch"),
+        ((8192, 4096, 4096, 16), (9, 0), "float16", False, "torch"),
+        ((8192, 4096, 4096, 16), (9, 0), "bfloat16", True, "torch"),
+        ((0, 4096, 4096, 16), (9, 0), "bfloat16", False, "torch"),
+    ],
+)
+def test_the_route_is_that_of_the_nearest_measured_row(
+    sizes: tuple[int, ...], capability: tuple[int, int], dtype: str, dropout: bool, route: str
+) -> None:
+    assert look_up([SMALL, ROW], capability, dtype, sizes, dropout) == route
+    assert look_up([], capability, dtype, sizes, dropout) == "torch"
