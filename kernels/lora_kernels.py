@@ -144,10 +144,10 @@ def shrink(x: Tensor, a: Tensor, c: float, p: float = 0.0, seed: int = 0) -> Ten
     """S (M, R) = c drop(x) A^T / (1 - p), x (M, K), A (R, K)."""
     (M, K), R = x.shape, len(a)
     s = x.new_empty(M, R)
-    BM, BK = 32, 64
-    shrink_kernel[(triton.cdiv(M, BM),)](
+    tile = skinny_tile(R)
+    shrink_kernel[(triton.cdiv(M, tile["BM"]),)](
         x, a, s, M, K, R, *x.stride(), *a.stride(), s.stride(0), c / (1 - p), p, seed,
-        DROP=p > 0, BM=BM, BK=BK, BR=rank_tile(R), num_warps=4, num_stages=3,
+        DROP=p > 0, BR=rank_tile(R), **tile,
     )  # fmt: skip
     return s
 
@@ -165,7 +165,7 @@ def expand(
     """Y (M, N) = x W^T + bias + c S B^T, the update masked by the dropout of an (M, N) input."""
     (M, K), (N, R) = x.shape, b.shape
     y = x.new_empty(M, N)
-    tile = tile_of(M, N, x.dtype)
+    tile = tile_of(M, N, x.dtype, R)
     programs = triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"])
     expand_kernel[(programs,)](
         x, w, bias, s, b, y, M, N, K, R,
@@ -178,13 +178,13 @@ def expand(
 def outer(s: Tensor, x: Tensor, c: float, p: float = 0.0, seed: int = 0) -> Tensor:
     """D (R, K) = c S^T drop(x) / (1 - p), in float32, x (M, K), S (M, R)."""
     (M, K), R = x.shape, s.size(1)
-    BM, BK = 32, 64
+    tile = skinny_tile(R)
     pieces = max(1, min(16, triton.cdiv(M, 512)))
-    rows = triton.cdiv(triton.cdiv(M, pieces), BM) * BM
+    rows = triton.cdiv(triton.cdiv(M, pieces), tile["BM"]) * tile["BM"]
     parts = x.new_empty(pieces, R, K, dtype=torch.float32)
-    outer_kernel[(triton.cdiv(K, BK), pieces)](
+    outer_kernel[(triton.cdiv(K, tile["BK"]), pieces)](
         x, s, parts, M, K, R, rows, *x.stride(), s.stride(0), c / (1 - p), p, seed,
-        DROP=p > 0, BM=BM, BK=BK, BR=rank_tile(R), num_warps=4, num_stages=3,
+        DROP=p > 0, BR=rank_tile(R), **tile,
     )  # fmt: skip
     return parts.sum(0)
 
@@ -194,8 +194,13 @@ def rank_tile(R: int) -> int:
     return max(16, triton.next_power_of_2(R))
 
 
-def tile_of(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes of `expand`."""
+def skinny_tile(R: int) -> dict[str, int]:
+    """Tile sizes and launch options of `shrink` and `outer`."""
+    return {"BM": 32, "BK": 64, "num_warps": 4 if R <= 64 else 8, "num_stages": 2}
+
+
+def tile_of(M: int, N: int, dtype: torch.dtype, R: int) -> dict[str, int]:
+    """Tile sizes and launch options of `expand`."""
     if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     if M <= 32:
