@@ -107,6 +107,25 @@ def test_gradient_norm_is_recorded_before_clipping_and_clipping_may_be_off() -> 
     assert math.sqrt(squares) > 1
 
 
+@pytest.mark.parametrize(("c", "clips"), [(0.05, True), (50.0, False)])
+def test_a_clipped_step_of_descent_is_no_longer_than_its_bound(c: float, clips: bool) -> None:
+    """|d theta| <= eta min(c, |g|), reached but for rounding.  AdamW without memory and with an eps
+    far above every g is descent at the rate lr / eps.
+    """
+    model = tiny.gpt_neo().double()
+    before = state(model)
+    eps, eta = 1e6, 0.3
+    config = TrainConfig(
+        steps=1, lr=eta * eps, betas=(0.0, 0.0), eps=eps, weight_decay=0.0, max_norm=c
+    )
+    (row,) = train(model, tiny.full_loss, tiny.batch, config)
+    assert (row["gradient_norm"] > c) == clips
+    squares = sum((p - before[n]).square().sum().item() for n, p in model.named_parameters())
+    bound = eta * min(c, row["gradient_norm"])
+    assert math.sqrt(squares) <= bound * (1 + 1e-12)
+    assert math.sqrt(squares) == pytest.approx(bound, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_accumulated_batches_equal_one_large_batch(dtype: torch.dtype) -> None:
     shares = (0.0, 0.4, 0.7)  # of ignored labels: unequal counts
