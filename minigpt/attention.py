@@ -25,19 +25,16 @@ def visible(
 
     The queries are the last T of the S slots.  A query sees itself and what came before it, at
     most `window` slots in all, and no padding (`padding` is (B, S), non-zero for real tokens).
-    Padding takes no room in the window: it may stand between a prompt and the tokens.
-    A query always sees itself: a softmax over nothing has no value.
+    It always sees itself: a softmax over nothing has no value.
     """
     q = torch.arange(slots - queries, slots, device=device).view(-1, 1)
     k = torch.arange(slots, device=device).view(1, -1)
-    mask = (k <= q)[None, None]
+    mask = k <= q
+    if window is not None:
+        mask = mask & (k > q - window)
+    mask = mask[None, None]
     if padding is not None:
         mask = mask & (padding != 0)[:, None, None, :]
-    if window is not None and padding is None:
-        mask = mask & (k > q - window)
-    elif window is not None and padding is not None:
-        n = (padding != 0).cumsum(1)[:, None, None, :]  # real tokens up to each slot
-        mask = mask & (n > n[..., slots - queries :].transpose(2, 3) - window)
     return mask | (k == q)
 
 

@@ -139,11 +139,12 @@ class Prefix(Wrapper):
         if mask is None:  # a triangle, or one query that sees everything
             T = S if causal else 1
             mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
-        columns = torch.ones(K, dtype=torch.bool, device=device)
-        if self.window is not None:  # the last of the prefix that real keys leave room for
-            room = self.window - mask.sum(-1, keepdim=True)
-            columns = torch.arange(K, device=device) >= K - room
-        return torch.cat([columns.expand(*mask.shape[:-1], K), mask], -1)
+        T = mask.size(-2)
+        columns = torch.ones(T, K, dtype=torch.bool, device=device)
+        if self.window is not None:  # query t stands at slot K + S - T + t
+            t = torch.arange(slots - T, slots, device=device)[:, None]
+            columns = torch.arange(K, device=device) > t - self.window
+        return torch.cat([columns.expand(len(mask), 1, T, K), mask], -1)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"prompt_embeddings": self.source().detach()}
