@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # the label of a token that has no say in the loss
-ROWS = 512  # rows of logits alive at a time
+ROWS = 256  # rows of logits alive at a time
 
 
 class LanguageModel(Protocol):

@@ -1,11 +1,12 @@
 """Parameter-efficient fine-tuning for any nn.Module: one method, one file, one equation."""
 
-from peft_lite.attach import Handle, attach, load
+from peft_lite.attach import attach, load
 from peft_lite.bias import BiasConfig
 from peft_lite.bottleneck import BottleneckConfig
 from peft_lite.check import Trainability, check_trainable
 from peft_lite.dora import DoraConfig
 from peft_lite.freeze import FreezeConfig
+from peft_lite.handle import Handle
 from peft_lite.ia3 import IA3Config
 from peft_lite.lora import LoraConfig
 from peft_lite.prefix import PrefixConfig

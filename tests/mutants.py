@@ -63,7 +63,7 @@ MUTANTS = [
     mutant(
         "merging into a tied weight",
         "peft #2018",
-        "peft_lite/attach.py",
+        "peft_lite/handle.py",
         "if others and not untie:",
         "if others and not untie and False:",
         "test_lora",
@@ -179,7 +179,7 @@ MUTANTS = [
     mutant(
         "a second merge adds the update again",
         "loralib",
-        "peft_lite/attach.py",
+        "peft_lite/handle.py",
         "if wrapper.merged:\n                    raise",
         "if wrapper.merged is None:\n                    raise",
         "test_lora",
@@ -187,7 +187,7 @@ MUTANTS = [
     mutant(
         "a merged adapter is saved",
         "loralib",
-        "peft_lite/attach.py",
+        "peft_lite/handle.py",
         'self._check_unmerged("save")',
         "assert method",
         "test_adapter_files",
@@ -329,7 +329,7 @@ MUTANTS = [
     mutant(
         "the rows of a batch are swapped",
         HERE,
-        "peft_lite/attach.py",
+        "peft_lite/handle.py",
         "index = [i for i, row in enumerate(names) if row == name]",
         "index = [len(names) - 1 - i for i, row in enumerate(names) if row == name]",
         "test_several",
@@ -337,7 +337,7 @@ MUTANTS = [
     mutant(
         "switching leaves the other adapter on",
         HERE,
-        "peft_lite/attach.py",
+        "peft_lite/handle.py",
         "                self._activate(method, method is chosen)",
         "                self._activate(method, method.active or method is chosen)",
         "test_several",
@@ -345,7 +345,7 @@ MUTANTS = [
     mutant(
         "the base trains along",
         HERE,
-        "peft_lite/attach.py",
+        "peft_lite/handle.py",
         "                p.requires_grad_(False)\n            setattr",
         "                p.requires_grad_(p.dim() == 1)\n            setattr",
         "test_lora",
@@ -354,7 +354,7 @@ MUTANTS = [
     mutant(
         "detaching forgets what was frozen before",
         HERE,
-        "peft_lite/attach.py",
+        "peft_lite/handle.py",
         "p.requires_grad_(self._flags.get(n, True))",
         "p.requires_grad_(True)",
         "test_lora",

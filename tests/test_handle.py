@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import minigpt
 import peft_lite
-from peft_lite.attach import handle_of
+from peft_lite.handle import handle_of
 from tests.peft_methods import (
     CASES,
     MERGEABLE,

@@ -1,0 +1,266 @@
+"""The handle of a model: the methods on it, by name."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peft_lite import combine, files
+from peft_lite.compatible import check_compatible
+from peft_lite.lora import LoraLayer
+from peft_lite.method import Method
+from peft_lite.report import Report, report
+from peft_lite.select import nearest
+from peft_lite.wrapper import Copied, WeightWrapper, named_weights, within
+
+HANDLE = "_peft_lite_handle"  # the model's attribute
+
+
+def handle_of(model: nn.Module) -> "Handle":
+    """The handle of the methods on a model; an empty one where there is none."""
+    handle = getattr(model, HANDLE, None)
+    return handle if isinstance(handle, Handle) else Handle(model)
+
+
+class Handle:
+    """The methods on a model.
+
+    Attributes:
+        model: the model.
+        methods: by name, in the order of their coming.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.methods: dict[str, Method] = {}
+        self._flags: dict[str, bool] = {}
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the methods that act."""
+        return [name for name, method in self.methods.items() if method.active]
+
+    def report(self) -> Report:
+        """Trainable and total parameters, as they are now."""
+        return report(self.model)
+
+    def switch(self, name: str) -> None:
+        """Makes a method act, and train, in the place of the others of its kind."""
+        self._check_unmerged("switch")
+        chosen = self._method(name)
+        # the chosen one last: others may have trained the same weights
+        for method in sorted(self.methods.values(), key=lambda m: m is chosen):
+            if method.kind == chosen.kind:
+                self._activate(method, method is chosen)
+
+    @contextmanager
+    def enabled(self, flag: bool) -> Iterator[None]:
+        """With False: the model computes what it computed before anything was attached."""
+        self._check_unmerged("switch off")
+        acting = [method for method in self.methods.values() if method.active and not flag]
+        if any(w.keep is False for method in acting for w in method.weights.values()):
+            raise ValueError("freezing trains the weights themselves: the old ones are gone")
+        for method in acting:
+            method.activate(False)
+        try:
+            yield
+        finally:
+            for method in acting:
+                method.activate(True)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Row i of a batch goes through the LoRA or DoRA called `names[i]`, None: through none."""
+        self._check_unmerged("choose rows")
+        chosen = {name: self._method(name) for name in dict.fromkeys(names) if name is not None}
+        for name, method in chosen.items():
+            others = method.weights or any(isinstance(w, Copied) for w in method.wrappers.values())
+            if method.kind != "lora" or others:
+                raise ValueError(
+                    f"{name!r} changes more than linear and embedding layers: "
+                    "it cannot act on some rows of a batch only"
+                )
+        device = next(self.model.parameters()).device
+        loras = {n: m for n, m in self.methods.items() if m.kind == "lora"}
+        before = {name: method.active for name, method in loras.items()}
+        for name, method in loras.items():
+            method.activate(name in chosen)
+            index = [i for i, row in enumerate(names) if row == name]
+            for layer in method.wrappers.values():
+                if name in chosen and isinstance(layer, LoraLayer):
+                    layer.rows = (torch.tensor(index, device=device), len(names))
+        try:
+            yield
+        finally:
+            for name, method in loras.items():
+                method.activate(before[name])
+                for layer in method.wrappers.values():
+                    if isinstance(layer, LoraLayer):
+                        layer.rows = None
+
+    def combine(self, name: str, weights: Mapping[str, float]) -> None:
+        """Adds a LoRA whose update is the weighted sum of others', sum_i w_i s_i B_i A_i."""
+        self.check_name(name)
+        parts = {part: self._method(part) for part in weights}
+        self.put(name, combine.weighted_sum(parts, weights))
+
+    def merge(self, name: str | None = None, untie: bool = False) -> None:
+        """Every W becomes what the method makes of it.  The original weights are kept.
+
+        Args:
+            name: the method to merge; None: all that act.
+            untie: give a weight that is tied to another a copy of its own; otherwise it is refused.
+        """
+        chosen, tied = self._to_merge(self.active if name is None else [name], untie)
+        if not chosen:
+            raise ValueError("no layer amounts to other weights: there is nothing to merge")
+        for wrapper in chosen:
+            wrapper.merge(untie=wrapper in tied)
+
+    def unmerge(self) -> None:
+        """Restores the original weights to the bit."""
+        mergeable = self._mergeable(self.methods)
+        if not mergeable:
+            raise ValueError("no layer amounts to other weights: there is nothing to unmerge")
+        for wrapper in reversed(mergeable):
+            if wrapper.merged:
+                wrapper.unmerge()
+
+    def fold(self, untie: bool = False) -> None:
+        """Merges what acts for good and takes everything off: a plain model with the new weights
+        is left.
+        """
+        self._check_attached()
+        left = [n for n in self.active if not any(w.merged for w in self._mergeable([n]))]
+        chosen, tied = self._to_merge(left, untie)
+        for wrapper in chosen:
+            wrapper.merge(untie=wrapper in tied)
+        # what acts comes off last: nothing else may stand around what it leaves
+        for name in sorted(self.methods, key=self.active.__contains__):
+            self._take_off(name, fold=self.methods[name].active)
+
+    def detach(self, name: str | None = None) -> None:
+        """Takes a method off, None: all.  Modules, weights and `requires_grad` are what they were.
+
+        Freezing is the exception: it trains the model's own weights, and they keep their values.
+        """
+        self._check_attached()
+        names = list(self.methods) if name is None else [name]
+        for one in names:
+            self._method(one)
+        if self._merged:
+            self.unmerge()
+        for one in reversed(names):
+            self._take_off(one, fold=False)
+
+    def state(self, name: str | None = None) -> dict[str, Tensor]:
+        """A method's tensors under the names of HF PEFT's files.  The only method's, with None."""
+        return files.state(self.model, self._only(name))
+
+    def save(self, directory: str | Path, name: str | None = None) -> None:
+        """Writes `adapter_config.json` and `adapter_model.safetensors` of a method."""
+        method = self._only(name)
+        self._check_unmerged("save")
+        files.write(Path(directory), files.config_json(self.model, method), self.state(name))
+
+    def put(self, name: str, method: Method) -> None:
+        """Puts a method that was built for this model on it (what `attach` ends with)."""
+        self._check_unmerged("attach")
+        check_compatible(self.methods, name, method)
+        if not self.methods:
+            self._flags = {n: p.requires_grad for n, p in named_weights(self.model)}
+            for _, p in named_weights(self.model):
+                p.requires_grad_(False)
+            setattr(self.model, HANDLE, self)
+        for other in self.methods.values():
+            if other.kind == method.kind:
+                self._activate(other, False)
+        method.install(self.model)
+        self.methods[name] = method
+        self._activate(method, True)
+
+    def _take_off(self, name: str, fold: bool) -> None:
+        method = self.methods.pop(name)
+        if method.active:  # else another may train them now
+            for weight in method.weights.values():
+                weight.parameter.requires_grad_(False)
+        method.uninstall(self.model, fold)
+        if not self.methods:
+            for n, p in self.model.named_parameters():
+                p.requires_grad_(self._flags.get(n, True))
+            delattr(self.model, HANDLE)
+
+    @staticmethod
+    def _activate(method: Method, active: bool) -> None:
+        method.activate(active)
+        for p in method.trained():
+            p.requires_grad_(active)
+
+    def check_name(self, name: str) -> None:
+        """Refuses a name that is taken."""
+        if name in self.methods:
+            taken = ", ".join(map(repr, self.methods))
+            raise ValueError(f"the name {name!r} is taken, there are {taken}: detach it first")
+
+    def _check_unmerged(self, what: str) -> None:
+        if self._merged:
+            raise ValueError(f"cannot {what} while an adapter is merged: unmerge it first")
+
+    def _check_attached(self) -> None:
+        if not self.methods:
+            raise ValueError("the method is detached already")
+
+    def _method(self, name: str) -> Method:
+        if name not in self.methods:
+            known = ", ".join(map(repr, self.methods)) or "none"
+            raise ValueError(
+                f"no method is called {name!r}{nearest(name, self.methods)}, there are {known}"
+            )
+        return self.methods[name]
+
+    def _only(self, name: str | None) -> Method:
+        if name is None and len(self.methods) > 1:
+            raise ValueError(f"several methods: name one of {', '.join(map(repr, self.methods))}")
+        return self._method(next(iter(self.methods), "default") if name is None else name)
+
+    @property
+    def _merged(self) -> bool:
+        return any(wrapper.merged for wrapper in self._mergeable(self.methods))
+
+    def _mergeable(self, names: Iterable[str]) -> list[WeightWrapper]:
+        """The wrappers of these methods that can merge, the innermost first."""
+        wrappers = [w for name in names for w in self._method(name).wrappers.values()]
+        return sorted((w for w in wrappers if isinstance(w, WeightWrapper)), key=lambda w: w.depth)
+
+    def _to_merge(
+        self, names: Sequence[str], untie: bool
+    ) -> tuple[list[WeightWrapper], set[WeightWrapper]]:
+        """The wrappers to merge, and those of them whose weight is tied to another."""
+        chosen, tied = self._mergeable(names), set()
+        uses: dict[int, list[str]] = {}
+        for weight, p in named_weights(self.model):
+            uses.setdefault(id(p), []).append(weight)
+        for name in names:
+            method = self._method(name)
+            if not method.active:
+                raise ValueError(f"{name!r} does not act: switch to it, then merge")
+            for place, wrapper in method.wrappers.items():
+                if wrapper.cannot_merge:
+                    raise ValueError(f"cannot merge {name!r}: {wrapper.cannot_merge}")
+                if not isinstance(wrapper, WeightWrapper):
+                    continue
+                if wrapper.merged:
+                    raise ValueError("the adapter is merged already")
+                if any(w.acts and w not in chosen for w in within(wrapper)):
+                    raise ValueError(f"cannot merge {name!r} alone: another acts within it")
+                others = [n for n in uses[id(wrapper.layer.weight)] if n != f"{place}.weight"]
+                if others and not untie:
+                    raise ValueError(
+                        f"cannot merge into {place}.weight: it is tied to {others[0]}, "
+                        "which would change too; untie=True gives it a weight of its own"
+                    )
+                if others:
+                    tied.add(wrapper)
+        return chosen, tied
