@@ -56,12 +56,12 @@ class DoraLinear(LoraLinear):
         a, b, p = self.lora_a, self.lora_b, self.dropout if self.training else 0.0
         # y = g * (x W^T + s (drop(x) A^T) B^T) + b
         y = lora_linear(x, self.layer.weight, None, a, b, self.scaling, p)
-        y = (self.magnitude / self.norm()).to(y.dtype) * y
+        y = gain(self.magnitude, self.norm()).to(y.dtype) * y
         return y if self.layer.bias is None else y + self.layer.bias.to(y.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
         v = dense_weight(self.layer) + self.delta()
-        return {"weight": (self.magnitude / self.norm())[:, None] * v}
+        return {"weight": gain(self.magnitude, self.norm())[:, None] * v}
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "lora_magnitude_vector": self.magnitude.data}
@@ -82,14 +82,19 @@ class DoraEmbedding(LoraEmbedding):
 
     def changed(self, ids: Tensor) -> Tensor:
         y = super().changed(ids)
-        return (self.magnitude / self.norm()).to(y.dtype) * y
+        return gain(self.magnitude, self.norm()).to(y.dtype) * y
 
     def new_weights(self) -> dict[str, Tensor]:
         v = dense_weight(self.layer) + self.delta()
-        return {"weight": (self.magnitude / self.norm()) * v}
+        return {"weight": gain(self.magnitude, self.norm()) * v}
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "lora_magnitude_vector": self.magnitude.data}
+
+
+def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """G = m / |V|; a row of zeros has m = |V| = 0 and stays what it is."""
+    return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def build(model: nn.Module, config: DoraConfig) -> Method:

@@ -159,7 +159,7 @@ MUTANTS = [
         "DoRA merges the direction without the magnitude",
         "peft #3531",
         "peft_lite/dora.py",
-        'return {"weight": (self.magnitude / self.norm())[:, None] * v}',
+        'return {"weight": gain(self.magnitude, self.norm())[:, None] * v}',
         'return {"weight": v}',
         "test_dora",
     ),
@@ -321,9 +321,9 @@ MUTANTS = [
     mutant(
         "dropout drops without scaling what it keeps",
         HERE,
-        "kernels/reference.py",
-        "F.dropout(x, dropout_p)",
-        "F.dropout(x, dropout_p) * (1 - dropout_p)",
+        "kernels/lora_function.py",
+        "(a.T / (1 - dropout_p))",
+        "a.T",
         "test_lora",
     ),
     mutant(
@@ -463,6 +463,70 @@ MUTANTS = [
         "test_lora_embedding",
         "test_interchange",
     ),
+    mutant(
+        "A's gradient comes from inputs that were dropped",
+        HERE,
+        "kernels/lora_function.py",
+        "(ds.T / kept) @ (x * mask)",
+        "(ds.T / kept) @ x",
+        "test_kernels_lora",
+    ),
+    mutant(
+        "a layer of few rows decodes without s",
+        HERE,
+        "kernels/lora_linear.py",
+        "a @ columns, alpha=scaling)",
+        "a @ columns)",
+        "test_linear",
+    ),
+    mutant(
+        "the kernel masks another row's elements",
+        HERE,
+        "kernels/lora_kernels.py",
+        "tl.rand(seed, m.to(tl.int64) * K + k)",
+        "tl.rand(seed, k.to(tl.int64) * K + m)",
+        "test_kernels_lora",
+    ),
+    mutant(
+        "what lies beyond a tensor's end is summed",
+        HERE,
+        "kernels/clipped_update.py",
+        "g = tl.load(g_ptr + i, mask=i < size, other=0.0)\n        s += g * g",
+        "g = tl.load(g_ptr + i, mask=i < size, other=0.1)\n        s += g * g",
+        "test_clipped_update",
+    ),
+    mutant(
+        "a step that is skipped counts",
+        HERE,
+        "kernels/clipped_update.py",
+        "tl.where(finite, t, t - 1)",
+        "t",
+        "test_clipped_update",
+    ),
+    mutant(
+        "SGD clips as AdamW does",
+        HERE,
+        "kernels/optimizers.py",
+        "factor = 1 / (norm / c).clamp(min=1)",
+        "factor = (c / (norm + 1e-2)).clamp(max=1)",
+        "test_clipped_update",
+    ),
+    mutant(
+        "the second moment is corrected with the first beta",
+        HERE,
+        "kernels/clipped_update.py",
+        "tl.exp(t64 * log2)",
+        "tl.exp(t64 * log1)",
+        "test_clipped_update",
+    ),
+    mutant(
+        "the window is one token too wide",
+        HERE,
+        "minigpt/attention.py",
+        "mask = mask & (k > q - window)",
+        "mask = mask & (k > q - window - 1)",
+        "test_attention",
+    ),
 ]
 
 
@@ -488,7 +552,7 @@ def killer(mutant: Mutant) -> str | None:
         )
     if run.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", run.stdout, re.MULTILINE)
     if run.returncode != 1 or found is None:
         raise RuntimeError(f"{mutant.name}: no test ran\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     return found[1]

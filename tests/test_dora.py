@@ -395,3 +395,17 @@ def _largest(x: Tensor, given: dict[str, Any], s: float) -> float:
     z = x @ absolute["w"].T + s * x @ absolute["a"].T @ absolute["b"].T
     y = absolute["m"] / norm * z + (0 if given["bias"] is None else absolute["bias"])
     return max(1.0, float(y.max())) if y.numel() else 1.0
+
+
+def test_a_row_of_zeros_stays_and_lets_everything_train() -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    x = torch.randn(4, 7)
+    before = model(x)
+    handle = peft_lite.attach(model, DoraConfig(["0"], r=2))
+    torch.testing.assert_close(model(x), before)
+    model(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in handle.methods["default"].trained())
+    handle.merge()
+    torch.testing.assert_close(model(x), before)

@@ -185,6 +185,10 @@ def test_triton_is_the_closed_form_forward_and_backward(
         close(tensor.grad, want, dtype)
 
 
+def test_an_element_is_dropped_by_its_place_alone() -> None:
+    assert torch.equal(philox(40, 13, 0.4, 7).flatten(), philox(1, 520, 0.4, 7).flatten())
+
+
 def test_triton_takes_any_strides() -> None:
     given = inputs(24, 13, 9, 4, torch.float32)
     views = {
