@@ -15,12 +15,15 @@ import os
 import platform
 import re
 import statistics
+import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
@@ -48,16 +51,28 @@ def options(description: str, rounds: int | None = None) -> argparse.ArgumentPar
 
 
 def fresh(threads: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """`function(*args)` in a new Python process with so many threads."""
+    """`function(*args)` in a new Python process with so many threads, which ends when this one
+    does, however that ends.
+    """
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
             return pool.submit(function, *args, **kwargs).result()
     finally:
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
@@ -108,15 +123,35 @@ def _read(path: str) -> str:
         return ""
 
 
+def write_each(path: Path, threads: int, measures: Mapping[str, Callable[[], Rows]]) -> None:
+    """Writes a result file after each measure.  One that fails is told of, the others go on, and
+    the program ends with exit status 1.
+    """
+    rows: list[Mapping[str, object]] = []
+    failed = []
+    for name, measure in measures.items():
+        try:
+            rows += measure()
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        else:
+            write(path, threads, rows)
+    if failed:
+        sys.exit(f"{path.name} lacks {', '.join(failed)}: failed")
+
+
 def write(path: Path, threads: int, rows: Rows) -> None:
-    """Writes a result file, and says so."""
+    """Writes a result file, whole or not at all, and says so."""
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in machine(threads).items())
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    partial.replace(path)
     print(path)
 
 

@@ -9,13 +9,14 @@ one process and generate in turn, after one warm-up each; they must choose the s
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write
+from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write_each
 from benchmarks.sides import VOCABULARY
 from minigpt import GPTNeo, generate, load
 
@@ -71,11 +72,12 @@ def measure(directory: Path, size: int, rounds: int) -> list[dict[str, object]]:
 
 def main() -> None:
     given = options(__doc__ or "", rounds=15).parse_args()
-    rows: list[dict[str, object]] = []
     with checkpoint(given.threads) as directory:
-        for size in LENGTHS:
-            rows += fresh(given.threads, measure, directory, size, given.rounds)
-    write(given.out / "generation.csv", given.threads, rows)
+        measures = {
+            f"batch {size}": partial(fresh, given.threads, measure, directory, size, given.rounds)
+            for size in LENGTHS
+        }
+        write_each(given.out / "generation.csv", given.threads, measures)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ and notes the most it has held (VmHWM): the system's own account, allocator and 
     columns: method, side, before_model_bytes, peak_bytes
 """
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.common import OURS, SIDES, checkpoint, fresh, options, write
+from benchmarks.common import OURS, SIDES, checkpoint, fresh, options, write_each
 from benchmarks.sides import METHODS, batch, config, our_model, their_model, their_step, tokens
 from minigpt import memory
 from minigpt.loss import language_model_loss
@@ -19,8 +20,8 @@ from minigpt.train import train
 STEPS = 3
 
 
-def measure(directory: Path, method: str, side: str) -> dict[str, object]:
-    """One row.  Call it in a process of its own."""
+def measure(directory: Path, method: str, side: str) -> list[dict[str, object]]:
+    """A single row.  Call it in a process of its own."""
     if side == OURS:
         before = memory.resident()
         model, _ = our_model(directory, method)
@@ -34,7 +35,7 @@ def measure(directory: Path, method: str, side: str) -> dict[str, object]:
         for i in range(STEPS):
             step(tokens(i))
     row = {"method": method, "side": side}
-    return {**row, "before_model_bytes": before, "peak_bytes": memory.peak()}
+    return [{**row, "before_model_bytes": before, "peak_bytes": memory.peak()}]
 
 
 def main() -> None:
@@ -43,12 +44,12 @@ def main() -> None:
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
     given = parser.parse_args()
     with checkpoint(given.threads) as directory:
-        rows = [
-            fresh(given.threads, measure, directory, method, side)
+        measures = {
+            f"{method} of {side}": partial(fresh, given.threads, measure, directory, method, side)
             for method in given.method
             for side in given.side
-        ]
-    write(given.out / "memory.csv", given.threads, rows)
+        }
+        write_each(given.out / "memory.csv", given.threads, measures)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ adapters included, and their losses must agree.
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write
+from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write_each
 from benchmarks.sides import METHODS, batch, config, our_model, their_model, their_step, tokens
 from minigpt.loss import language_model_loss
 from minigpt.train import Row, train
@@ -73,11 +74,12 @@ def main() -> None:
     parser = options(__doc__ or "", rounds=15)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     given = parser.parse_args()
-    rows: list[dict[str, object]] = []
     with checkpoint(given.threads) as directory:
-        for method in given.method:
-            rows += fresh(given.threads, measure, directory, method, given.rounds)
-    write(given.out / "training_step.csv", given.threads, rows)
+        measures = {
+            method: partial(fresh, given.threads, measure, directory, method, given.rounds)
+            for method in given.method
+        }
+        write_each(given.out / "training_step.csv", given.threads, measures)
 
 
 if __name__ == "__main__":
