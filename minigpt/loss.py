@@ -86,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dx[piece], *d_piece = torch.autograd.grad(z, inputs, dz.to(z.dtype))
             for i, d in enumerate(d_piece):
                 if start == 0:
-                    d_trained.append(d)
+                    d_trained.append(d.data)  # no view: autograd then adds to it in place
                 else:
                     d_trained[i] += d
         ctx.gradients = (dx, None, None, None, None, *d_trained)

@@ -230,3 +230,15 @@ def test_states_and_head_are_left_as_they_were() -> None:
     assert torch.equal(labels, before[2])
     assert all(torch.equal(head.state_dict()[name], t) for name, t in before[1].items())
     assert head.weight.grad is not None
+
+
+def test_the_tied_gradient_is_added_up_in_place() -> None:
+    """A sum that is a new tensor would be one more of the model's largest at the peak of memory."""
+    model = tiny.gpt_neo()
+    loss = language_model_loss(model, tiny.batch(0))
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
+        loss.backward()
+    shape = list(model.embeddings.token.weight.shape)
+    sums = {e.name for e in profiler.events() if e.input_shapes[:2] == [shape, shape]}
+    assert "aten::add_" in sums
+    assert "aten::add" not in sums
