@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_lite
-from benchmarks.common import OURS, checkpoint, fresh, options, write
+from benchmarks.common import OURS, checkpoint, fresh, options, write_each
 from benchmarks.sides import LR, batch, config, tokens
 from minigpt import GPTNeo, load, memory
 from minigpt.loss import IGNORED, language_model_loss
@@ -126,8 +127,8 @@ def time_steps(directory: Path, method: str, rounds: int) -> list[dict[str, obje
     return rows
 
 
-def measure_memory(directory: Path, method: str, side: str) -> dict[str, object]:
-    """One row.  Call it in a process of its own."""
+def measure_memory(directory: Path, method: str, side: str) -> list[dict[str, object]]:
+    """A single row.  Call it in a process of its own."""
     file_bytes: int | str = ""
     if side == PEFT:
         import_module("transformers.models.gpt_neo.modeling_gpt_neo")
@@ -156,7 +157,7 @@ def measure_memory(directory: Path, method: str, side: str) -> dict[str, object]
             with TemporaryDirectory() as folder:
                 handle.save(folder)
                 file_bytes = (Path(folder) / "adapter_model.safetensors").stat().st_size
-    return {
+    row = {
         "method": method,
         "side": side,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -165,6 +166,7 @@ def measure_memory(directory: Path, method: str, side: str) -> dict[str, object]
         "saved_bytes": saved,
         "file_bytes": file_bytes,
     }
+    return [row]
 
 
 class _Kept:
@@ -233,16 +235,18 @@ def main() -> None:
     parser = options(__doc__ or "", rounds=5)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     given = parser.parse_args()
-    seconds: list[dict[str, object]] = []
-    bytes_: list[dict[str, object]] = []
+    sides = [
+        (m, side) for m in given.method for side in (OURS, PEFT) if m not in ABSENT or side == OURS
+    ]
     with checkpoint(given.threads) as directory:
-        for method in given.method:
-            seconds += fresh(given.threads, time_steps, directory, method, given.rounds)
-            for side in (OURS,) if method in ABSENT else (OURS, PEFT):
-                bytes_.append(fresh(given.threads, measure_memory, directory, method, side))
-        bytes_.append(fresh(given.threads, measure_memory, directory, FULL, FULL))
-    write(given.out / "methods_step.csv", given.threads, seconds)
-    write(given.out / "methods_memory.csv", given.threads, bytes_)
+        run = partial(fresh, given.threads)
+        steps = {m: partial(run, time_steps, directory, m, given.rounds) for m in given.method}
+        write_each(given.out / "methods_step.csv", given.threads, steps)
+        bytes_ = {
+            f"{m} of {side}": partial(run, measure_memory, directory, m, side)
+            for m, side in [*sides, (FULL, FULL)]
+        }
+        write_each(given.out / "methods_memory.csv", given.threads, bytes_)
 
 
 if __name__ == "__main__":
