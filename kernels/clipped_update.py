@@ -167,9 +167,10 @@ class Launch:
 def squares(launch: Launch, grads: Sequence[Tensor]) -> Tensor:
     """The parts of |g|^2, (programs,)."""
     table, chunks = launch.prepare([grads])
-    parts = torch.zeros(max(1, len(chunks)), device=grads[0].device)
-    if len(chunks):
-        squares_kernel[(len(chunks),)](table, chunks, parts, CHUNK, BLOCK, num_warps=WARPS)
+    if not len(chunks):
+        return torch.zeros(1, device=grads[0].device)
+    parts = torch.empty(len(chunks), device=grads[0].device)
+    squares_kernel[(len(chunks),)](table, chunks, parts, CHUNK, BLOCK, num_warps=WARPS)
     return parts
 
 

@@ -86,7 +86,7 @@ def jobs() -> Iterator[Job]:
                     _launch(skinny),
                 )
                 for M in (16, 4096):
-                    tile = lora_kernels.tile_of(M, 4096, dtype, R)
+                    tile = lora_kernels.tile_of(M, dtype)
                     yield Job(
                         f"expand M{tile['BM']} {label}",
                         lora_kernels.expand_kernel,

@@ -1,6 +1,6 @@
 """The LoRA product in Triton: three kernels for the forward and the backward pass.
 
-    shrink   S = c (drop(x) A^T)             all adapters that read the same x in one pass
+    shrink   S = c (drop(x) A^T)             a program for some rows, all of R at once
     expand   y = x W^T + b + c S B^T         one accumulator for both products
     outer    D = X^T Y, summed over the rows in pieces of a fixed order (no atomics)
 
@@ -165,7 +165,7 @@ def expand(
     """Y (M, N) = x W^T + bias + c S B^T, the update masked by the dropout of an (M, N) input."""
     (M, K), (N, R) = x.shape, b.shape
     y = x.new_empty(M, N)
-    tile = tile_of(M, N, x.dtype, R)
+    tile = tile_of(M, x.dtype)
     programs = triton.cdiv(M, tile["BM"]) * triton.cdiv(N, tile["BN"])
     expand_kernel[(programs,)](
         x, w, bias, s, b, y, M, N, K, R,
@@ -199,7 +199,7 @@ def skinny_tile(R: int) -> dict[str, int]:
     return {"BM": 32, "BK": 64, "num_warps": 4 if R <= 64 else 8, "num_stages": 2}
 
 
-def tile_of(M: int, N: int, dtype: torch.dtype, R: int) -> dict[str, int]:
+def tile_of(M: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options of `expand`."""
     if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3}

@@ -122,7 +122,7 @@ class ClippedAdamW(_Clipped):
         return {**whole, "state": state}
 
     def _update(self, parts: Tensor) -> Tensor:
-        norm = parts.sum().sqrt()
+        norm: Tensor | None = None
         for i, group in enumerate(self.param_groups):
             params = _with_grad(group)
             if not params:
@@ -149,6 +149,7 @@ class ClippedAdamW(_Clipped):
                     max_norm=group["max_norm"],
                 )
                 continue
+            norm = parts.sum().sqrt()
             skip = (~norm.isfinite()).float()
             step += 1 - skip
             scale = ((norm + 1e-6) / group["max_norm"]).clamp(min=1)  # g is divided by it
@@ -167,7 +168,7 @@ class ClippedAdamW(_Clipped):
                 grad_scale=scale.float(),
                 found_inf=skip,
             )
-        return norm
+        return parts.sum().sqrt() if norm is None else norm
 
     def _step(self, params: list[torch.nn.Parameter]) -> Tensor:
         """The number of updates made, one tensor for all parameters of a group."""
@@ -203,7 +204,7 @@ class ClippedSGD(_Clipped):
         super().__init__(params, {"lr": lr, "max_norm": max_norm}, backend)
 
     def _update(self, parts: Tensor) -> Tensor:
-        norm = parts.sum().sqrt()
+        norm: Tensor | None = None
         for i, group in enumerate(self.param_groups):
             params = _with_grad(group)
             grads = [p.grad for p in params]
@@ -215,12 +216,13 @@ class ClippedSGD(_Clipped):
 
                 norm = clipped_update.sgd(self._launch(i), [params, grads], parts, lr, c)
                 continue
+            norm = parts.sum().sqrt()
             factor = 1 / (norm / c).clamp(min=1)  # c / max(|g|, c), for c = inf too
             # where the norm is not finite, 0 g would not be 0
             grads = [torch.where(norm.isfinite(), g, 0) for g in grads]
             factor = torch.where(norm.isfinite(), factor, 0)
             torch._foreach_add_(params, torch._foreach_mul(grads, -lr * factor))
-        return norm
+        return parts.sum().sqrt() if norm is None else norm
 
 
 def _with_grad(group: dict[str, Any]) -> list[Any]:

@@ -1,7 +1,7 @@
 """y = x W^T + b, by the product that suits its shape.  The weight lies in memory as W (out, in).
 
 Few rows of float32 on a CPU (generation): the time is that of reading W once, and a product reads
-it two to five times faster from the left, y^T = W x^T, if x^T has at least two columns.
+it faster from the left, y^T = W x^T, if x^T has at least two columns (benchmarks/generation.py).
 
 Many rows of a width that is no multiple of 16 (50,257 logits): rows that begin at odd addresses
 slow the product down, so they are stored a multiple of 16 elements apart.

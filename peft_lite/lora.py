@@ -104,14 +104,16 @@ class LoraLayer(WeightWrapper):
             of that batch; None: it changes all.
     """
 
-    def __init__(self, base: nn.Module, inputs: int, outputs: int, r: int, alpha: float) -> None:
+    def __init__(
+        self, base: nn.Module, inputs: int, outputs: int, r: int, alpha: float, rslora: bool
+    ) -> None:
         super().__init__(base)
         weight = self.layer.weight
         new, dtype = weight.new_zeros, torch.promote_types(weight.dtype, torch.float32)
         self.lora_a = nn.Parameter(new(r, inputs, dtype=dtype))
         self.lora_b = nn.Parameter(new(outputs, r, dtype=dtype))
         self.alpha = alpha
-        self.scaling = alpha / r
+        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.rows: tuple[Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,8 +141,7 @@ class LoraLinear(LoraLayer):
 
     def __init__(self, base: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
         out_features, in_features = dense_shape(base)
-        super().__init__(base, in_features, out_features, r, alpha)
-        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        super().__init__(base, in_features, out_features, r, alpha, config.use_rslora)
         self.dropout = config.lora_dropout
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.lora_a, -bound, bound)
@@ -162,8 +163,7 @@ class LoraEmbedding(LoraLayer):
 
     def __init__(self, base: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
         V, D = dense_shape(base)
-        super().__init__(base, V, D, r, alpha)
-        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        super().__init__(base, V, D, r, alpha, config.use_rslora)
         nn.init.normal_(self.lora_b)
 
     def changed(self, ids: Tensor) -> Tensor:
