@@ -26,6 +26,7 @@ class Measured(NamedTuple):
     route: str
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the kernels
 TABLE: list[Measured] = []  # unmeasured
 NEAR = 2.0  # a row holds for sizes up to this factor away
 
@@ -37,6 +38,11 @@ def route(backend: str, x: Tensor, weight: Tensor, R: int, dropout_p: float) -> 
         ValueError: "triton" was asked for where it cannot run.
     """
     chosen = resolve(backend, x)
+    if chosen == "triton" and x.dtype not in DTYPES:
+        if backend == "triton":
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(f"backend='triton' takes {known}, the input is {x.dtype}")
+        return "torch"
     if backend != "auto" or chosen == "torch":
         return chosen
     capability = torch.cuda.get_device_capability(x.device)

@@ -1,5 +1,5 @@
-"""Every operation in plain PyTorch: the oracle of the tests, the yardstick of the benchmarks, and
-the path that runs where there is no GPU.
+"""The LoRA product in plain PyTorch, one operation after the other: what the kernels are measured
+against.
 
 Shapes:  M rows   K inputs   N outputs   R rank
 """
@@ -21,7 +21,7 @@ def lora_linear(
     """Y = x W^T + b + s (drop(x) A^T) B^T.   Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
     x (..., K), weight (N, K), bias (N), lora_a (R, K), lora_b (N, R) -> (..., N), in x's dtype.
-    Saves for the backward pass x and x A^T (and, with dropout, drop(x) and its mask).
+    autograd keeps x and x A^T for the backward pass (and, with dropout, drop(x) and its mask).
     """
     y = F.linear(x, weight, bias)
     a, b = lora_a.to(y.dtype), lora_b.to(y.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peft_lite import combine, files
+from peft_lite import combine, files, shared
 from peft_lite.compatible import check_compatible
 from peft_lite.lora import LoraLayer
 from peft_lite.method import Method
@@ -173,6 +173,7 @@ class Handle:
             self._flags = {n: p.requires_grad for n, p in named_weights(self.model)}
             for _, p in named_weights(self.model):
                 p.requires_grad_(False)
+            shared.install(self.model)
             setattr(self.model, HANDLE, self)
         for other in self.methods.values():
             if other.kind == method.kind:
@@ -188,6 +189,7 @@ class Handle:
                 weight.parameter.requires_grad_(False)
         method.uninstall(self.model, fold)
         if not self.methods:
+            shared.remove(self.model)
             for n, p in self.model.named_parameters():
                 p.requires_grad_(self._flags.get(n, True))
             delattr(self.model, HANDLE)

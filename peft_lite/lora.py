@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kernels import lora_linear
+from kernels import Lora, lora_linear
 from peft_lite import bias, saved
 from peft_lite.method import Method
 from peft_lite.select import (
@@ -148,8 +148,18 @@ class LoraLinear(LoraLayer):
 
     def changed(self, x: Tensor) -> Tensor:
         """Y = x W^T + b + s (drop(x) A^T) B^T"""
-        a, b, p = self.lora_a, self.lora_b, self.dropout if self.training else 0.0
-        return lora_linear(x, self.layer.weight, self.layer.bias, a, b, self.scaling, p)
+        return lora_linear(x, *self.product, dropout_p=self.p)
+
+    @property
+    def product(self) -> Lora:
+        """What is multiplied."""
+        layer = self.layer
+        return Lora(layer.weight, layer.bias, self.lora_a, self.lora_b, self.scaling)
+
+    @property
+    def p(self) -> float:
+        """Probability of dropping an input of A, now."""
+        return self.dropout if self.training else 0.0
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_b @ self.lora_a)

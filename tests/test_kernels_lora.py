@@ -1,5 +1,6 @@
 """The LoRA product and its gradients against float64, whatever trains and whatever is dropped."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import lora_linear
+from kernels import Lora, lora_linear, lora_linears
 from kernels.dispatch import Measured, look_up
-from kernels.lora_function import draw, pack, unpack
+from kernels.lora_torch import keep, unpack
 from kernels.reference import lora_linear as reference
 from tests.closed_forms import lora_forward, lora_gradients
 
@@ -78,7 +79,7 @@ def test_dropout_is_the_mask_of_its_seed_forward_and_backward() -> None:
     y = lora_linear(**given, scaling=1.7, dropout_p=0.4, seed=11)
     y.backward(dy)
     x, w, bias, a, b = (t.detach() for t in given.values())
-    mask = draw(x, 0.4, 11).double() / 0.6
+    mask = unpack(keep(x, 0.4, 11), 13).double() / 0.6
     torch.testing.assert_close(
         y.detach(), x @ w.T + bias + 1.7 * (x * mask) @ a.T @ b.T, rtol=1e-12, atol=1e-12
     )
@@ -99,10 +100,10 @@ def test_seeds_differ_unless_the_generator_says_otherwise() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (0, 7), (8, 8), (31, 1)])
 def test_a_packed_mask_is_an_eighth_and_comes_back(shape: tuple[int, int]) -> None:
-    mask = torch.rand(shape) < 0.5
-    bits = pack(mask)
-    assert bits.numel() == -(-mask.numel() // 8)
-    assert torch.equal(unpack(bits, mask.shape), mask)
+    bits = keep(torch.empty(shape), 0.4, 3)
+    assert bits.shape == (shape[0], -(-shape[1] // 8))
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) >= 0.4
+    assert torch.equal(unpack(bits, shape[1]), mask)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
@@ -155,10 +156,10 @@ ODD = [(6, 13, 9, 4), (33, 70, 131, 7), (1, 64, 16, 1), (0, 5, 6, 2), (600, 19, 
 
 
 def philox(M: int, K: int, p: float, seed: int) -> Tensor:
-    """The mask of the kernels, read from what they make of ones: drop(1) I^T / (1 - p)."""
-    from kernels.lora_kernels import shrink
+    """The mask of the kernels."""
+    from kernels import lora_triton
 
-    return shrink(torch.ones(M, K), torch.eye(K), 1.0, p, seed) * (1 - p)
+    return lora_triton.unpack(lora_triton.keep(torch.empty(M, K), p, torch.tensor(seed)), K)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -185,8 +186,20 @@ def test_triton_is_the_closed_form_forward_and_backward(
         close(tensor.grad, want, dtype)
 
 
-def test_an_element_is_dropped_by_its_place_alone() -> None:
-    assert torch.equal(philox(40, 13, 0.4, 7).flatten(), philox(1, 520, 0.4, 7).flatten())
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_triton_drops_with_probability_p_whatever_the_place(p: float) -> None:
+    mask = philox(400, 96, p, 7).double()
+    deviation = math.sqrt(p * (1 - p))
+    assert abs(mask.mean().item() - (1 - p)) < 4 * deviation / math.sqrt(mask.numel())
+    for axis in (0, 1):
+        means = mask.mean(axis)
+        limit = 5 * deviation / math.sqrt(mask.shape[axis])
+        assert (means - (1 - p)).abs().max().item() < limit
+    # neighbours know nothing of each other
+    centred = (mask - mask.mean()) / deviation
+    for step in (1, 2, 4, 8):
+        together = (centred[:, step:] * centred[:, :-step]).mean().item()
+        assert abs(together) < 5 / math.sqrt(mask.numel())
 
 
 def test_triton_takes_any_strides() -> None:
@@ -212,6 +225,164 @@ def test_triton_gives_the_same_bits_twice_and_others_for_another_seed() -> None:
     first, second, third = found
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+
+
+def three(M: int, K: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+    """Query, key and value of one x: other widths, ranks and scalings, one without a bias."""
+    found = []
+    for i, (N, R, scaling) in enumerate([(9, 4, 1.7), (5, 2, 0.6), (9, 7, -1.1)]):
+        given = inputs(M + i, K, N, R, dtype)
+        del given["x"]
+        found.append({**given, "bias": None if i == 1 else given["bias"], "scaling": scaling})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32)],
+)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_siblings_are_the_closed_forms_of_each(backend: str, dtype: torch.dtype, p: float) -> None:
+    M, K = 40, 13
+    x = inputs(M, K, 1, 1, dtype)["x"].requires_grad_()
+    loras = [
+        {n: t.requires_grad_() if isinstance(t, Tensor) else t for n, t in one.items()}
+        for one in three(M, K, dtype)
+    ]
+    ys = lora_linears(x, [Lora(**one) for one in loras], p, seed=5, backend=backend)
+    dys = [torch.randn(y.shape, dtype=torch.float64).to(dtype) for y in ys]
+    torch.autograd.backward(ys, dys)
+    mask = philox(M, K, p, 5) if backend == "triton" else unpack(keep(x, p, 5), K)
+    kept = mask.double() / (1 - p) if p else torch.ones(M, K).double()
+    dx = np.zeros((M, K))
+    for one, y, dy in zip(loras, ys, dys, strict=True):
+        w, a, b = (one[n].detach().double() for n in ("weight", "lora_a", "lora_b"))
+        own, s = x.detach().double(), one["scaling"]
+        bias = torch.zeros(len(w)) if one["bias"] is None else one["bias"].detach()
+        close(y, (own @ w.T + bias.double() + s * (kept * own) @ a.T @ b.T).numpy(), dtype)
+        more, da, db = lora_gradients(own, dy.double(), w, a, b, s, kept=kept)
+        dx += more
+        close(one["lora_a"].grad, da, dtype)
+        close(one["lora_b"].grad, db, dtype)
+        close(one["weight"].grad, (dy.double().T @ own).numpy(), dtype)
+        if one["bias"] is not None:
+            close(one["bias"].grad, dy.double().sum(0).numpy(), dtype)
+    assert x.grad is not None
+    close(x.grad, dx, dtype)
+
+
+def test_of_siblings_only_what_trains_gets_a_gradient() -> None:
+    x = inputs(6, 13, 1, 1)["x"]
+    loras = three(6, 13)
+    chosen = [loras[0]["lora_b"], loras[2]["lora_a"], loras[2]["bias"]]
+    for tensor in chosen:
+        tensor.requires_grad_()
+    sum(y.sin().sum() for y in lora_linears(x, [Lora(**one) for one in loras])).backward()
+    every = [t for one in loras for t in one.values() if isinstance(t, Tensor)]
+    assert {id(t) for t in every if t.grad is not None} == {id(t) for t in chosen}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "sizes", [(1, 70, 131, 7), (16, 300, 35, 17), (3, 5, 1, 1), (5, 64, 16, 40)]
+)
+def test_triton_decodes_a_few_rows(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    given = inputs(*sizes, dtype)
+    y = lora_linear(**given, scaling=1.7, backend="triton")
+    assert y.dtype == dtype
+    close(y, lora_forward(*(t.double() for t in given.values()), 1.7), dtype)
+    given["bias"] = None
+    y = lora_linear(**given, scaling=1.7, backend="triton")
+    x, w, _, a, b = given.values()
+    zero = torch.zeros(sizes[2])
+    close(y, lora_forward(x.double(), w.double(), zero, a.double(), b.double(), 1.7), dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [(140, 72, 264, 16), (200, 40, 136, 24), (3, 128, 8, 8)])
+def test_descriptors_are_the_closed_form(
+    sizes: tuple[int, int, int, int], p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels import lora_triton, tiles
+
+    monkeypatch.setattr(tiles, "family", lambda device: 90)
+    launched = []
+    real = lora_triton.expand_tma_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(grid)
+            return real[grid]
+
+    monkeypatch.setattr(lora_triton, "expand_tma_kernel", Counted())
+    M, K, N, _ = sizes
+    dtype = torch.float16
+    given = trained(inputs(*sizes, dtype), "x", "lora_a", "lora_b")
+    dy = torch.randn(M, N).to(dtype)
+    y = lora_linear(**given, scaling=1.7, dropout_p=p, seed=5, backend="triton")
+    y.backward(dy)
+    assert len(launched) == 2  # y and dx
+    x, w, bias, a, b = (t.detach().double() for t in given.values())
+    kept = philox(M, K, p, 5).double() / (1 - p) if p else torch.ones(M, K).double()
+    close(y, (x @ w.T + bias + 1.7 * (kept * x) @ a.T @ b.T).numpy(), dtype)
+    for name, want in zip(
+        ("x", "lora_a", "lora_b"),
+        lora_gradients(x, dy.double(), w, a, b, 1.7, kept=kept),
+        strict=True,
+    ):
+        close(given[name].grad, want, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_compiled_graph_is_whole_and_computes_the_same(backend: str, p: float) -> None:
+    found = []
+    for compiled in (False, True):
+        x = inputs(24, 13, 1, 1, torch.float32)["x"].requires_grad_()
+        loras = [
+            {n: t.requires_grad_() if isinstance(t, Tensor) else t for n, t in one.items()}
+            for one in three(24, 13, torch.float32)
+        ]
+
+        def step(x: Tensor, loras: list[dict[str, Any]]) -> Tensor:
+            ys = lora_linears(x, [Lora(**one) for one in loras], p, backend=backend)
+            return torch.stack([y.sin().sum() for y in ys]).sum()
+
+        torch.manual_seed(0)
+        run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
+        run(x, loras).backward()
+        found.append([t.grad for one in loras for t in one.values() if isinstance(t, Tensor)])
+    for eager, compiled_ in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled_)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_operators_return_the_shapes_they_promise(backend: str, dropped: bool) -> None:
+    from kernels import lora_op
+
+    x = torch.randn(24, 13, requires_grad=True)
+    loras = three(24, 13, torch.float32)
+    columns = [
+        [x.new_empty(0) if one[n] is None else one[n].requires_grad_() for one in loras]
+        for n in ("weight", "bias", "lora_a", "lora_b")
+    ]
+    p = 0.3 if dropped else 0.0
+    bits = None
+    if dropped and backend == "triton":
+        seed = torch.tensor(3)
+        torch.library.opcheck(lora_op.keep, (x.detach(), p, seed))
+        bits = lora_op.keep(x.detach(), p, seed)
+    elif dropped:
+        bits = keep(x, p, 3)
+    scalings = [one["scaling"] for one in loras]
+    needs = [True, *[True] * 3, True, False, True, *[True] * 6]  # x, W, b (one is none), A, B
+    torch.library.opcheck(lora_op.lora, (backend, p, scalings, bits, x, *columns, needs))
+
+
+def test_triton_refuses_what_it_cannot_multiply() -> None:
+    with pytest.raises(ValueError, match=r"takes torch\.bfloat16.*the input is torch\.float64"):
+        lora_linear(**inputs(6, 13, 9, 4), scaling=1.7, backend="triton")
 
 
 ROW = Measured((9, 0), "bfloat16", 8192, 4096, 4096, 16, False, "triton")
