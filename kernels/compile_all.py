@@ -97,12 +97,18 @@ def jobs() -> Iterator[Job]:
                         _launch(tile),
                         needs_hgmma=dtype != torch.float32 and tile["BM"] >= 64,
                     )
-    sizes = {"CHUNK": clipped_update.CHUNK, "BLOCK": clipped_update.BLOCK}
     launch = {"num_warps": clipped_update.WARPS}
-    whole = {"table": "*i64", "chunks": "*i64", "parts": "*fp32"}
-    floats = dict.fromkeys(("norm_out", "step", "next_step", "rates"), "*fp32")
-    for kernel in ("squares_kernel", "adamw_kernel", "sgd_kernel"):
-        yield Job(kernel, getattr(clipped_update, kernel), {**whole, **floats}, sizes, launch)
+    pointers = dict.fromkeys(("table", "chunks"), "*i64") | {"settings": "*fp64"}
+    pointers |= dict.fromkeys(("counts", "parts", "norm_out"), "*fp32")
+    for name in ("squares_kernel", "adamw_kernel", "sgd_kernel"):
+        kernel = getattr(clipped_update, name)
+        for vector in (4, 1):
+            constants = {
+                p.name: getattr(clipped_update, p.name, vector)
+                for p in kernel.params
+                if p.is_constexpr
+            }
+            yield Job(f"{name} {vector}", kernel, pointers, constants, launch)
 
 
 def compile_one(job: Job, capability: int) -> Result:
@@ -138,7 +144,7 @@ def _launch(tile: dict[str, int]) -> dict[str, int]:
 
 def _scalar(name: str) -> str:
     """The type of an argument that is no pointer: sizes and strides, or numbers."""
-    numbers = {"c", "p", "beta1", "rest1", "log1", "beta2", "rest2", "log2", "eps", "decay"}
+    numbers = {"c", "p"}
     return "fp32" if name in numbers else "i32"
 
 

@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,50 +11,30 @@ from torch import nn
 
 from kernels import ClippedAdamW, ClippedSGD
 from kernels.backend import resolve
+from tests import update_checks as checks
+from tests.update_checks import EPS, close, parameters, set_grads, twins
 
-SHAPES = [(7, 5), (3,), (40, 9), (9001,), (0, 3), (1,), (8192,), (2, 8193)]
 BACKENDS = ["torch", "triton"]
-EPS = torch.finfo(torch.float32).eps
-
-
-def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0) -> list[nn.Parameter]:
-    random = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
-
-
-def twins(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def set_grads(step: int, *lists: list[nn.Parameter], size: float = 1.0) -> None:
-    random = torch.Generator().manual_seed(100 + step)
-    for group in zip(*lists, strict=True):
-        grad = size * torch.randn(group[0].shape, generator=random)
-        for p in group:
-            p.grad = grad.clone()
-
-
-def close(ours: list[nn.Parameter], theirs: list[nn.Parameter], ulps: float) -> None:
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=ulps * EPS, atol=ulps * EPS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hundred_steps_are_those_of_torch(backend: str) -> None:
-    ours = parameters([(7, 5), (3,), (11, 9), (0, 3)])
-    theirs = twins(ours)
-    settings = {"lr": 3e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
-    mine = ClippedAdamW(ours, **settings, max_norm=0.7, backend=backend)
-    torchs = torch.optim.AdamW(theirs, **settings)
-    for step in range(100):
-        set_grads(step, ours, theirs, size=0.01 * (1 + step % 20))  # clipped now and then
-        norm = mine.step()
-        expected = nn.utils.clip_grad_norm_(theirs, 0.7)
-        torchs.step()
-        torch.testing.assert_close(norm, expected)
-        assert norm.dim() == 0
-    assert mine.state[ours[0]]["step"].item() == 100
-    close(ours, theirs, ulps=100)
+    checks.many_steps_are_those_of_torch(backend, [(7, 5), (3,), (11, 9), (0, 3)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_error_is_no_larger_than_torchs(backend: str) -> None:
+    checks.a_step_is_as_exact_as_torchs(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend: str) -> None:
+    checks.two_runs_give_the_same_bits(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_moves_is_found(backend: str) -> None:
+    checks.what_moves_is_found(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -219,19 +198,6 @@ def test_a_parameter_without_gradient_stays(backend: str) -> None:
     optimizer.step()
     assert torch.equal(params[1], before)
     assert params[1] not in optimizer.state
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_give_the_same_bits(backend: str) -> None:
-    runs = []
-    for _ in range(2):
-        params = parameters()
-        optimizer = ClippedAdamW(params, 1e-2, max_norm=0.5, backend=backend)
-        for step in range(3):
-            set_grads(step, params)
-            optimizer.step()
-        runs.append(params)
-    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
