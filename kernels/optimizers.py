@@ -91,7 +91,8 @@ class _Clipped(torch.optim.Optimizer):
         """The second half: clips by sqrt(total) and updates.  Returns that norm."""
         columns, ends = self._collect()
         tables = self._prepare(columns, ends)
-        return self._update(columns, ends, tables, total.reshape(1).float())
+        parts = total.reshape(1)
+        return self._update(columns, ends, tables, parts if tables is None else parts.float())
 
     def write_settings(self) -> None:
         """Brings the settings in `param_groups` to the device, where a captured CUDA graph reads
