@@ -19,15 +19,17 @@ Settings are float64: in float32, 1 - beta and 1 - beta^t lose half of their dig
 
 from array import array
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from itertools import chain
+from operator import or_
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.capture import capturing, outside_capture
+from kernels.device import capturing, outside_capture, upload
 
 CHUNK = 4096  # elements of a chunk
 BLOCK = 1024  # elements that launch 2 holds at a time
@@ -162,7 +164,7 @@ class Tables:
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
-        self.layout: tuple[list[int], list[int]] = ([], [])
+        self.layout: tuple[torch.device, list[int], list[int]] | None = None
         self.written: tuple[torch.device | None, list[tuple[float, ...]]] = (None, [])
         self.captured: list[object] = []
 
@@ -177,32 +179,32 @@ class Tables:
         Raises:
             Unfit: the kernels do not work on such tensors.
         """
+        self.device = columns[0][0].device
+        capture = capturing(self.device)  # only its replays fill what is built in it
         sizes = [*map(Tensor.numel, columns[0])]
         n = len(sizes)
         numbers = [*sizes, *map(Tensor.data_ptr, chain.from_iterable(columns))]
         if numbers != self.numbers or not all(map(Tensor.is_contiguous, columns[1])):
-            self.device = columns[0][0].device
             for k, column in enumerate(columns, 1):
                 own = slice(n * k, n * (k + 1))
                 if k == 2 or sizes != self.numbers[:n] or numbers[own] != self.numbers[own]:
                     _check(column, columns[0], self.device)
-            host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
-            aligned = not (host[:n] % 4).any() and not (host[n:] % 16).any()
+            aligned = all(size % 4 == 0 for size in sizes) and reduce(or_, numbers[n:]) % 16 == 0
             self.vector = 4 if aligned else 1  # elements that a thread moves at once
-            self.table = self._upload(host)
-            self.numbers = numbers
-        if (sizes, ends) != self.layout:
+            self.table = self._upload(numbers)
+            self.numbers = [] if capture else numbers
+        layout = (self.device, sizes, ends)
+        if layout != self.layout:
             # a tensor without elements has a chunk, too, which counts its updates
             self.slots = [max(1, -(-size // CHUNK)) for size in sizes]
             group = [bisect(ends, i) for i in range(n)]
             pieces = (
                 (i, CHUNK * k, group[i]) for i, own in enumerate(self.slots) for k in range(own)
             )
-            flat = array("q", chain.from_iterable(pieces))
-            self.chunks = self._upload(torch.frombuffer(flat, dtype=torch.int64).view(-1, 3))
-            self.layout = (sizes, ends)
+            self.chunks = self._upload(chain.from_iterable(pieces)).view(-1, 3)
+            self.layout = None if capture else layout
         self.write(settings)
-        if capturing(self.device):
+        if capture:
             self.captured.append((self.table, self.chunks, self.settings))
 
     def write(self, settings: list[tuple[float, ...]]) -> None:
@@ -211,17 +213,18 @@ class Tables:
         if key == self.written:
             return
         outside_capture(self.device)
-        host = torch.tensor(settings, dtype=torch.float64)
+        there = upload(torch.tensor(settings, dtype=torch.float64), self.device)
         if self.written[0] == self.device and len(settings) == len(self.written[1]):
-            self.settings.copy_(host, non_blocking=True)
+            self.settings.copy_(there)
         else:
-            self.settings = host.to(self.device, non_blocking=True)
+            self.settings = there
         self.written = key
 
-    def _upload(self, host: Tensor) -> Tensor:
-        if capturing(self.device):  # a replay copies it again
-            host = host.pin_memory()
-            self.captured.append(host)
+    def _upload(self, numbers: Iterable[int]) -> Tensor:
+        host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+        if not capturing(self.device):
+            return upload(host, self.device)
+        self.captured.append(host := host.pin_memory())  # every replay reads it
         return host.to(self.device, non_blocking=True)
 
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import resolve
-from kernels.capture import outside_capture
+from kernels.device import outside_capture, upload
 
 if TYPE_CHECKING:
     from kernels.clipped_update import Tables
@@ -220,11 +220,11 @@ class ClippedAdamW(_Clipped):
         it takes longer than all the rest to hash hundreds of tensors.
         """
         if not (same(params, self._known[0]) and same(self.state.values(), self._known[1])):
-            zero = torch.zeros((), device=params[0].device)
             states = [self.state[p] for p in params]
             for p, state in zip(params, states, strict=True):
                 if not state:
-                    state["step"] = zero
+                    outside_capture(p.device)
+                    state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
             self._known = params, list(self.state.values()), states
@@ -333,7 +333,7 @@ class _Counts:
         device = params[0].device
         outside_capture(device)
         known = [torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps]
-        repeats = torch.tensor(slots).to(device, non_blocking=True)
+        repeats = upload(torch.tensor(slots), device)
         filled = torch.stack(known).repeat_interleave(repeats, output_size=sum(slots))
         if slots == self.slots and self.tensor.device == device:
             self.tensor.copy_(filled)  # in place: a captured CUDA graph reads it

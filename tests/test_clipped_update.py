@@ -62,47 +62,18 @@ def test_a_step_of_adamw_is_the_closed_form(backend: str, clipped: bool) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("c", "size"), [(0.5, 1.0), (0.01, 1e-4), (1e6, 1.0), (math.inf, 1.0)])
+@pytest.mark.parametrize(("c", "size"), checks.BOUNDS)
 def test_a_step_of_sgd_is_the_closed_form_and_no_longer_than_its_bound(
     backend: str, c: float, size: float
 ) -> None:
-    params = parameters()
-    with torch.no_grad():
-        for p in params:
-            p.mul_(size)
-    before = [p.detach().double() for p in params]
-    set_grads(0, params, size=size)
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in params))
-    found = ClippedSGD(params, lr=0.3, max_norm=c, backend=backend).step()
-    assert found.item() == pytest.approx(norm, rel=1e-6)
-    factor = 0.3 / max(1.0, norm / c)
-    moved = 0.0
-    for p, x in zip(params, before, strict=True):
-        expected = x - factor * p.grad.double()
-        torch.testing.assert_close(p.double(), expected, rtol=8 * EPS, atol=8 * EPS * size)
-        moved += (p.double() - x).square().sum().item()
-    assert math.sqrt(moved) <= 0.3 * min(c, norm) * (1 + 1e-5)
+    checks.a_step_of_sgd_is_the_closed_form(backend, c, size)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_norm_that_is_not_finite_changes_nothing(backend: str, kind: type, bad: float) -> None:
-    params = parameters()
-    optimizer = kind(params, lr=1e-2, backend=backend)
-    set_grads(0, params)
-    optimizer.step()
-    before = [p.detach().clone() for p in params]
-    state = copy.deepcopy(optimizer.state_dict()["state"])
-    set_grads(1, params)
-    params[2].grad[3, 4] = bad
-    assert not optimizer.step().isfinite()
-    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
-    for i, entries in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, state[i][name]) for name, value in entries.items())
-    set_grads(2, params)
-    assert optimizer.step().isfinite()
-    assert not torch.equal(params[0], before[0])
+    checks.a_norm_that_is_not_finite_changes_nothing(backend, kind, bad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

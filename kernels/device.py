@@ -1,6 +1,14 @@
-"""What may happen while a CUDA graph is being captured."""
+"""From the host to the device without waiting, and what may happen in the capture of a CUDA graph."""
 
 import torch
+from torch import Tensor
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; the host does not wait for it, as pinned memory allows."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def capturing(device: torch.device) -> bool:
