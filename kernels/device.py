@@ -1,4 +1,4 @@
-"""From the host to the device without waiting, and what may happen in the capture of a CUDA graph."""
+"""From host to device without waiting, and what may happen in the capture of a CUDA graph."""
 
 import torch
 from torch import Tensor

@@ -148,15 +148,16 @@ def what_moves_is_found(backend: str, device: str = "cpu") -> None:
         state["exp_avg"] = state["exp_avg"].clone()
         state["exp_avg_sq"].data = state["exp_avg_sq"].clone()
     both()
-    for optimizer, params in ((mine, ours), (torchs, theirs)):
-        optimizer.state[params[2]] = {}  # forgotten
-        optimizer.state[params[3]]["step"].fill_(1)  # set in place
-        optimizer.state[params[6]]["step"] = optimizer.state[params[6]]["step"] + 5
+    states = [(mine.state[p], torchs.state[q]) for p, q in zip(ours, theirs, strict=True)]
+    for state in states[3]:
+        state["step"].fill_(1)  # a count set in place
     both()
-    steps = [
-        optimizer.state[params[3]]["step"] for optimizer, params in ((mine, ours), (torchs, theirs))
-    ]
-    assert steps[0].item() == steps[1].item() == 2
+    assert [state["step"].item() for state in states[3]] == [2, 2]
+    for state in states[6]:
+        state["step"] = state["step"] + 5  # another count
+    both()
+    mine.state[ours[2]], torchs.state[theirs[2]] = {}, {}  # nothing left of a parameter's state
+    both()
     both()
 
 
