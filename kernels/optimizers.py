@@ -18,7 +18,8 @@ which leave the gradients clipped.
 CUDA graphs: make one step, then capture `step`.  A replay counts its update and leaves the norm in
 the tensor that the captured call returned.  It reads the learning rate and the other settings from
 the device: `write_settings()` before a replay brings new ones there.  After `load_state_dict`, or
-with other tensors, make a step and capture anew.
+with other tensors, make a step and capture anew.  Where torch's kernels run, a graph keeps the
+settings it was captured with.
 
 torch.compile does not trace `step`, which is two launches as it is: it breaks the graph there, and
 fullgraph=True is an error.
@@ -216,8 +217,8 @@ class ClippedAdamW(_Clipped):
         return [params, grads, *([state[name] for state in states] for name in names)], ends
 
     def _states(self, params: list[Any]) -> list[dict[str, Any]]:
-        """The parameters' states.  Looked up again only when a parameter or a state is another, for
-        it takes longer than all the rest to hash hundreds of tensors.
+        """The parameters' states.  Looked up again only when a parameter or a state is another: to
+        hash hundreds of tensors takes its time.
         """
         if not (same(params, self._known[0]) and same(self.state.values(), self._known[1])):
             states = [self.state[p] for p in params]

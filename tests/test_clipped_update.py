@@ -386,6 +386,15 @@ def test_a_compiled_training_function_makes_the_same_steps(backend: str, compile
         torch.testing.assert_close(ours, expected, rtol=20 * EPS, atol=20 * EPS)
 
 
+def test_a_step_is_not_traced() -> None:
+    params = parameters([(3,)])
+    set_grads(0, params)
+    torch._dynamo.reset()
+    run = torch.compile(ClippedAdamW(params).step, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        run()
+
+
 def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     with pytest.raises(ValueError, match="max_norm is 0"):
