@@ -3,14 +3,14 @@
 Sides, interleaved in one process, all over the same parameters and gradients, each with its own
 state: `clip_grad_norm_` and AdamW, foreach and fused; both of them under torch.compile; the norm,
 then fused AdamW with the clip as its `grad_scale`; ours.  Before each measurement the gradients are
-written anew.  `floor` is 32 bytes a parameter (g read twice; theta, m and v each way) at the
-bandwidth of a large copy in the same round.
+written anew.
 
 Sets: GPT-Neo-125M's tensors, and those of LoRAs: 48 or 448 of 8K or 64K numbers each.
 
 On the CPU: wall time, without torch.compile, which takes minutes there for the fused update of 48
 tensors and refuses the other (torch 2.13).  On a GPU: wall time, and the device's own, for which
-each side is captured in a CUDA graph and replayed.
+each side is captured in a CUDA graph and replayed; beside it the `floor`: 32 bytes a parameter (g
+read twice; theta, m and v each way) at the bandwidth of a large copy in the same round.
 
     python -m benchmarks.clipped_update       -> results/clipped_update_cpu.csv, or .._gpu.csv
     columns: set, side, time (wall or device), round, seconds, parameters
@@ -33,7 +33,7 @@ SIDES = {"cpu": [FOREACH, FUSED, SCALED, OURS], "cuda": [FOREACH, FUSED, SCALED,
 FLOOR = "floor"
 WALL, DEVICE = "wall", "device"
 BYTES = 32  # a parameter
-COPIED = 2**28  # bytes
+COPIED = 2**30  # bytes
 STEPS = {"cpu": 1, "cuda": 20}  # in one measurement
 
 Shape = tuple[int, ...]
@@ -150,17 +150,11 @@ def replays(step: Step) -> Callable[[], float]:
     return seconds
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a large copy moves, those read and those written."""
-    source = torch.ones(COPIED // 4, device=device)
-    target = torch.ones_like(source)
-    target.copy_(source)
-    _wait(device)
-    begin = time.perf_counter()
-    for _ in range(STEPS[device]):
-        target.copy_(source)
-    _wait(device)
-    return 2 * COPIED * STEPS[device] / (time.perf_counter() - begin)
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy on the device moves, those read and those written."""
+    source = torch.ones(COPIED // 4, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPIED / replays(lambda: target.copy_(source))()
 
 
 def _wait(device: str) -> None:
@@ -197,7 +191,8 @@ def measure(name: str, rounds: int, device: str) -> list[dict[str, object]]:
             note(side, WALL, wall(step, params, grads))
         for side, replay in graphs.items():
             note(side, DEVICE, replay())
-        note(FLOOR, DEVICE if graphs else WALL, BYTES * count / copy_bandwidth(device))
+        if graphs:
+            note(FLOOR, DEVICE, BYTES * count / copy_bandwidth())
     return rows
 
 
