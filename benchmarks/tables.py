@@ -126,8 +126,8 @@ def costs(steps: Sequence[Mapping[str, str]], bytes_: Sequence[Mapping[str, str]
 UPDATE = """\
 Medians, and ours over the quickest other side, round by round (its quartiles): below 1, ours is
 quicker.  On a GPU, `floor` is 32 bytes a parameter at the bandwidth of a large copy.  On paper is
-what the bytes alone would take on one H200 at the 4.3 TB/s that a copy reaches there: 32 a parameter
-for ours, 40 for clip + fused, 92 for clip + foreach.  It is arithmetic, not a measurement."""
+what the bytes alone would take on one H200 at the 4.3 TB/s that a copy reaches there: 32 for each
+parameter by ours, 40 by clip + fused, 92 by clip + foreach.  It is arithmetic, not measured."""
 PAPER = {clipped_update.OURS: 32, clipped_update.FUSED: 40, clipped_update.FOREACH: 92}
 PAPER_BANDWIDTH = 4.3e12  # bytes a second
 NOT_MEASURED = """\

@@ -26,8 +26,8 @@ fullgraph=True is an error.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from itertools import accumulate, repeat
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from kernels.backend import resolve
-from kernels.device import outside_capture, upload
+from kernels.counts import Counts, same
+from kernels.device import outside_capture
 
 if TYPE_CHECKING:
     from kernels.clipped_update import Tables
@@ -59,7 +60,7 @@ class _Clipped(torch.optim.Optimizer):
         self.backend = backend
         self._device: torch.device | None = None
         self._tables: Tables | None = None
-        self._counts = _Counts()
+        self._counts = Counts()
         self._known: tuple[list[Any], list[Any], list[dict[str, Any]]] = ([], [], [])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -310,51 +311,3 @@ class ClippedSGD(_Clipped):
             factor = torch.where(norm.isfinite(), factor, 0)
             torch._foreach_add_(params, torch._foreach_mul(grads, -lr * factor))
         return norm
-
-
-class _Counts:
-    """The updates made: slots for each parameter, of which its `state["step"]` is the first."""
-
-    tensor: Tensor
-    views: list[Tensor]
-    version: int
-
-    def __init__(self) -> None:
-        self.slots: list[int] = []
-
-    def take(self, columns: list[list[Any]], slots: list[int], state: dict[Any, Any]) -> Tensor:
-        """A tensor of `slots[i]` equal numbers for parameter i, and so on.
-
-        They are filled from the state's when these are not the views made here, after loading, or
-        when somebody wrote to one.
-        """
-        params, steps = columns[0], columns[-1]
-        if slots == self.slots and same(steps, self.views) and not self._written():
-            return self.tensor
-        device = params[0].device
-        outside_capture(device)
-        known = [torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps]
-        repeats = upload(torch.tensor(slots), device)
-        filled = torch.stack(known).repeat_interleave(repeats, output_size=sum(slots))
-        if slots == self.slots and self.tensor.device == device:
-            self.tensor.copy_(filled)  # in place: a captured CUDA graph reads it
-        else:
-            self.tensor, self.slots = filled, slots
-        starts = accumulate(slots, initial=0)
-        self.views = [self.tensor[i] for i, _ in zip(starts, slots, strict=False)]
-        for p, view in zip(params, self.views, strict=True):
-            state[p]["step"] = view
-        self.own_writes()
-        return self.tensor
-
-    def own_writes(self) -> None:
-        """What was written until now is as it should be."""
-        self.version = self.tensor._version
-
-    def _written(self) -> bool:
-        return self.version != self.tensor._version
-
-
-def same(some: Collection[Any], others: Collection[Any]) -> bool:
-    """Whether these are the same objects, in the same order."""
-    return len(some) == len(others) and all(map(is_, some, others))

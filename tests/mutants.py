@@ -519,7 +519,7 @@ MUTANTS = [
     mutant(
         "a count of steps that was set in place is not noticed",
         HERE,
-        "kernels/optimizers.py",
+        "kernels/counts.py",
         " and not self._written()",
         "",
         "test_clipped_update",
