@@ -18,6 +18,7 @@ from kernels.device import outside_capture, upload
 class Counts:
     """The updates made: slots for each parameter, of which its `state["step"]` is the first."""
 
+    params: list[Any]
     tensor: Tensor
     views: list[Tensor]
     version: int
@@ -39,10 +40,10 @@ class Counts:
         known = [torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps]
         repeats = upload(torch.tensor(slots), device)
         filled = torch.stack(known).repeat_interleave(repeats, output_size=sum(slots))
-        if slots == self.slots and self.tensor.device == device:
+        if slots == self.slots and same(params, self.params) and self.tensor.device == device:
             self.tensor.copy_(filled)  # in place: a captured CUDA graph reads it
-        else:
-            self.tensor, self.slots = filled, slots
+        else:  # what other parameters count in stays as it is
+            self.tensor, self.slots, self.params = filled, slots, params
         starts = accumulate(slots, initial=0)
         self.views = [self.tensor[i] for i, _ in zip(starts, slots, strict=False)]
         for p, view in zip(params, self.views, strict=True):

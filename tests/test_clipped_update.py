@@ -224,6 +224,22 @@ def test_a_parameter_may_join_later(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_of_one_size_take_turns(backend: str) -> None:
+    ours = parameters([(5000,)] * 2)
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    for step, turn in enumerate((0, 0, 1, 0, 1, 1, 1)):
+        set_grads(step, ours, theirs)
+        ours[1 - turn].grad = theirs[1 - turn].grad = None
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        torchs.step()
+        close(ours, theirs, ulps=50)
+    assert [mine.state[p]["step"].item() for p in ours] == [3, 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_state_loaded_between_steps_counts_from_there(backend: str) -> None:
     ours = parameters()
     theirs = twins(ours)
