@@ -160,7 +160,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     [
         (["--window-size", "8"], "--window-size belongs to --objective clm"),
         (["--objective", "mlmm"], "--objective.*'mlmm'"),
-        (["--sequence-length", "2"], "sequence_length is 2, must be at least 3"),
+        (["--sequence-length", "11"], "sequence_length is 11, must be at least 12"),
         (["--num-heads", "3"], "hidden_size 16 is no multiple of num_attention_heads 3"),
         (["--heldout", "0"], "--heldout is 0"),
         (["--batch-size", "0"], "batch_size is 0"),

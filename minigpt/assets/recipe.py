@@ -19,8 +19,8 @@ SETTINGS = {
         --warmup-steps 200 --weight-decay 0.1 --bf16 --dtype float16 --seed 0
     """,
     "bert-tales": """
-        --objective mlm --vocab-size 4096 --hidden-size 160 --num-layers 4 --num-heads 5
-        --sequence-length 256 --dropout 0.1 --batch-size 8 --steps 6000 --lr 1e-3
+        --objective mlm --vocab-size 2048 --hidden-size 128 --num-layers 4 --num-heads 4
+        --sequence-length 256 --dropout 0 --batch-size 8 --steps 8000 --lr 1e-3
         --warmup-steps 200 --weight-decay 0.1 --bf16 --dtype float16 --seed 0
     """,
 }
