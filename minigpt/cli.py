@@ -43,7 +43,7 @@ class Generate:
 class Info(MethodOptions):
     """Settings of `minigpt info`."""
 
-    model: str = option('a model directory, a hub id, or "bundled"')
+    model: str = option('a model directory, a hub id, "bundled" or "bundled-bert"')
     method: str = option("what trains", "full", choices=methods.NAMES)
 
 
@@ -109,7 +109,7 @@ def parser() -> Parser:
     about = {
         "finetune": "fine-tune a pretrained GPT-Neo on a text",
         "generate": "continue a prompt",
-        "pretrain": "train a tokenizer and a GPT-Neo from texts",
+        "pretrain": "train a tokenizer and a GPT-Neo or a Bert from texts",
         "info": "table of parameters for a model and a method",
     }
     for name, text in about.items():
