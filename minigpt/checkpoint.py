@@ -39,7 +39,7 @@ def load(
     """The native model of a Hugging Face checkpoint, in evaluation mode.
 
     Args:
-        source: a directory, the id of a model on the hub, or "bundled".
+        source: a directory, the id of a model on the hub, "bundled" or "bundled-bert".
         head: "causal-lm", "masked-lm", "classification" or "none"; None: what the checkpoint has.
             A head that the checkpoint lacks is freshly initialised, and a warning says so.
         num_labels: classes of a classification head; None: what the checkpoint has, else 2.

@@ -1,4 +1,4 @@
-"""The `minigpt` command: finetune, generate, pretrain, info."""
+"""The `minigpt` command: finetune, generate, pretrain, info, study."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 import peft_lite
-from minigpt import methods, runs
+from minigpt import methods, runs, studies
 from minigpt.architectures import build, classes_named, read_config
 from minigpt.checkpoint import load
 from minigpt.finetune import Finetune, finetune
@@ -43,7 +43,7 @@ class Generate:
 class Info(MethodOptions):
     """Settings of `minigpt info`."""
 
-    model: str = option('a model directory, a hub id, or "bundled"')
+    model: str = option('a model directory, a hub id, "bundled" or "bundled-bert"')
     method: str = option("what trains", "full", choices=methods.NAMES)
 
 
@@ -109,7 +109,7 @@ def parser() -> Parser:
     about = {
         "finetune": "fine-tune a pretrained GPT-Neo on a text",
         "generate": "continue a prompt",
-        "pretrain": "train a tokenizer and a GPT-Neo from texts",
+        "pretrain": "train a tokenizer and a GPT-Neo or a Bert from texts",
         "info": "table of parameters for a model and a method",
     }
     for name, text in about.items():
@@ -118,11 +118,31 @@ def parser() -> Parser:
         )
         add_options(one, (RUNS[name] if name in RUNS else QUERIES[name])[0])
         if name in RUNS:
-            one.add_argument("--out", type=Path, required=True, help="folder of the run")
-            one.add_argument(
-                "--resume", action="store_true", default=False, help="continue the run in --out"
-            )
+            _add_folder(one)
+    _add_studies(commands.add_parser("study", help="rerun a published experiment"))
     return whole
+
+
+def _add_studies(one: argparse.ArgumentParser) -> None:
+    one.description = "rerun a published experiment and put its claims to the test"
+    one.add_argument("--list", action="store_true", help="name the studies")
+    names = one.add_subparsers(dest="name", metavar="NAME")
+    for name, text in studies.STUDIES.items():
+        own = names.add_parser(
+            name, help=text, description=text, argument_default=argparse.SUPPRESS
+        )
+        add_options(own, studies.study(name).Settings)
+        own.add_argument(
+            "--published", action="store_true", default=False, help="the write-up's settings"
+        )
+        _add_folder(own)
+
+
+def _add_folder(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--out", type=Path, required=True, help="folder of the run")
+    one.add_argument(
+        "--resume", action="store_true", default=False, help="continue the run in --out"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,9 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given: dict[str, Any] = vars(whole.parse_args(arguments))
     command = given.pop("command")
     try:
-        if command in RUNS:
+        if command == "study" and (given.pop("list") or given["name"] is None):
+            _list_studies()
+        elif command in RUNS or command == "study":
             out, resume = given.pop("out"), given.pop("resume")
-            kind, run = RUNS[command]
+            if command == "study":
+                name = given.pop("name")
+                command, (kind, run) = f"study {name}", studies.command(name)
+                if given.pop("published"):
+                    given = {**studies.study(name).PUBLISHED, **given}
+            else:
+                kind, run = RUNS[command]
             settings: Any = runs.settle(kind, command, given, out, resume)
             summary = runs.summary(out)
             if summary is not None:
@@ -155,6 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         whole.error(str(error))
     return 0
+
+
+def _list_studies() -> None:
+    for name, text in studies.STUDIES.items():
+        print(f"{name:24} {text}")
 
 
 def _print_summary(summary: dict[str, object], out: Path) -> None:

@@ -1,22 +1,37 @@
-"""`minigpt pretrain`: a tokenizer and a GPT-Neo from nothing but texts."""
+"""`minigpt pretrain`: a tokenizer and a model from nothing but texts.
+
+clm    GPT-Neo predicts each token from those before it          (minigpt/data.py)
+mlm    Bert predicts masked tokens from those on both sides      (minigpt/mlm.py)
+"""
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from minigpt import memory, runs
+from minigpt.bert import Bert, BertConfig
 from minigpt.checkpoint import save
-from minigpt.data import RandomWindows, consecutive_windows, read_text, split_text
+from minigpt.config import positive
+from minigpt.data import Batch, RandomWindows, consecutive_windows, read_text, split_text
 from minigpt.gpt_neo import GPTNeo, GPTNeoConfig
-from minigpt.loss import language_model_loss
+from minigpt.loss import IGNORED, language_model_loss
+from minigpt.mlm import (
+    MaskedWindows,
+    Masking,
+    fixed_masked_windows,
+    masked_language_model_loss,
+)
 from minigpt.options import option
 from minigpt.progress import progress_bar
 from minigpt.schedule import SCHEDULES
 from minigpt.tokenizer import Tokenizer
-from minigpt.train import TrainConfig, evaluate, train
+from minigpt.train import Loss, TrainConfig, evaluate, train
+
+WINDOW = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +39,16 @@ class Pretrain:
     """The command's settings."""
 
     text: list[str] = option("texts to learn from, UTF-8")
+    objective: str = option(
+        "clm: a GPT-Neo that predicts the next token; mlm: a Bert that predicts masked ones",
+        "clm",
+        choices=("clm", "mlm"),
+    )
     vocab_size: int = option("tokens to learn", 4096)
     hidden_size: int = option("width D", 224)
-    num_layers: int = option("blocks, global and local in turn", 4)
+    num_layers: int = option("blocks; of clm, global and local in turn", 4)
     num_heads: int = option("heads H", 7)
-    window_size: int = option("what a local block sees", 32)
+    window_size: int | None = option(f"clm: what a local block sees (default: {WINDOW})", None)
     dropout: float = option("of embeddings and of what each half block adds", 0.1)
     steps: int = option("updates", 2000)
     batch_size: int = option("windows in a batch", 8)
@@ -48,29 +68,29 @@ class Pretrain:
     )
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What an objective trains, and on what."""
+
+    tokenizer: Tokenizer
+    model: GPTNeo | Bert
+    loss: Loss
+    batches: Callable[[int], Batch]
+    heldout: list[Batch]
+    train_tokens: int
+
+
 def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes `OUT/model` (weights, config, tokenizer) and `OUT/summary.json`."""
     before_model = memory.resident()
+    if not 0 < settings.heldout < 1:
+        raise ValueError(f"--heldout is {settings.heldout}, must lie between 0 and 1")
+    positive(settings, "vocab_size", "batch_size", "sequence_length")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"--seed is {settings.seed}, must lie in [0, 2^63)")
     parts = [split_text(read_text(Path(file)), settings.heldout) for file in settings.text]
-    tokenizer = Tokenizer.train([part for part, _ in parts], settings.vocab_size)
-    torch.manual_seed(settings.seed)
-    model = GPTNeo(
-        GPTNeoConfig(
-            vocab_size=tokenizer.vocab_size,
-            max_position_embeddings=settings.sequence_length,
-            hidden_size=settings.hidden_size,
-            num_layers=settings.num_layers,
-            num_heads=settings.num_heads,
-            window_size=settings.window_size,
-            embed_dropout=settings.dropout,
-            resid_dropout=settings.dropout,
-            bos_token_id=tokenizer.end_of_text,
-            eos_token_id=tokenizer.end_of_text,
-        )
-    )
-    train_ids, heldout_ids = (_join(texts, tokenizer) for texts in zip(*parts, strict=True))
-    batches = RandomWindows(train_ids, settings.sequence_length, settings.batch_size, settings.seed)
-    heldout = list(consecutive_windows(heldout_ids, settings.sequence_length, settings.batch_size))
+    learned, heldout = zip(*parts, strict=True)
+    task = OBJECTIVES[settings.objective](settings, learned, heldout)
     config = TrainConfig(
         steps=settings.steps,
         lr=settings.lr,
@@ -85,21 +105,30 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     runs.claim(out, "pretrain", settings)
     tokens = settings.batch_size * settings.sequence_length
     with progress_bar("pretrain", settings.steps, tokens) as observe:
-        rows = train(model, language_model_loss, batches, config, out, heldout, resume, observe)
+        rows = train(
+            task.model, task.loss, task.batches, config, out, task.heldout, resume, observe
+        )
 
+    model = task.model
     model.to(getattr(torch, settings.dtype))
     written = out / "model.partial"
     save(model, written)
-    tokenizer.save(written)
+    task.tokenizer.save(written)
     runs.replace_folder(written, out / "model")
-    loss = evaluate(model.float(), language_model_loss, heldout)
-    heldout_bytes = sum(len(text.encode()) for _, text in parts)
+    loss = evaluate(model.float(), task.loss, task.heldout)
     summary: dict[str, object] = {
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "train_tokens": len(train_ids),
+        "train_tokens": task.train_tokens,
         "seen_tokens": settings.steps * tokens,
         "heldout_loss": loss,
-        "heldout_bits_per_byte": loss * (len(heldout_ids) - 1) / heldout_bytes / math.log(2),
+        "heldout_perplexity": math.exp(loss),
+    }
+    if settings.objective == "clm":  # the loss over masked tokens is no code length of the text
+        heldout_tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in task.heldout)
+        heldout_bytes = sum(len(text.encode()) for text in heldout)
+        bits = loss * heldout_tokens / heldout_bytes / math.log(2)
+        summary["heldout_bits_per_byte"] = bits
+    summary |= {
         "seconds": sum(row["seconds"] for row in rows),
         "memory_before_model_bytes": before_model,
         "peak_memory_bytes": memory.peak(),
@@ -108,6 +137,73 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     runs.write(out / "summary.json", summary)
     shutil.rmtree(out / "snapshots", ignore_errors=True)
     return summary
+
+
+def _clm(settings: Pretrain, learned: tuple[str, ...], heldout: tuple[str, ...]) -> _Task:
+    tokenizer = Tokenizer.train(learned, settings.vocab_size)
+    torch.manual_seed(settings.seed)
+    model = GPTNeo(
+        GPTNeoConfig(
+            vocab_size=tokenizer.vocab_size,
+            max_position_embeddings=settings.sequence_length,
+            hidden_size=settings.hidden_size,
+            num_layers=settings.num_layers,
+            num_heads=settings.num_heads,
+            window_size=WINDOW if settings.window_size is None else settings.window_size,
+            embed_dropout=settings.dropout,
+            resid_dropout=settings.dropout,
+            bos_token_id=tokenizer.end_of_text,
+            eos_token_id=tokenizer.end_of_text,
+        )
+    )
+    length, size = settings.sequence_length, settings.batch_size
+    tokens = _join(learned, tokenizer)
+    return _Task(
+        tokenizer,
+        model,
+        language_model_loss,
+        RandomWindows(tokens, length, size, settings.seed),
+        list(consecutive_windows(_join(heldout, tokenizer), length, size)),
+        len(tokens),
+    )
+
+
+def _mlm(settings: Pretrain, learned: tuple[str, ...], heldout: tuple[str, ...]) -> _Task:
+    if settings.window_size is not None:
+        raise ValueError("--window-size belongs to --objective clm, not mlm")
+    tokenizer = Tokenizer.train_word_piece(learned, settings.vocab_size)
+    torch.manual_seed(settings.seed)
+    model = Bert(
+        BertConfig(
+            vocab_size=tokenizer.vocab_size,
+            max_position_embeddings=settings.sequence_length,
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_heads,
+            intermediate_size=4 * settings.hidden_size,
+            hidden_dropout_prob=settings.dropout,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=tokenizer.special.pad,
+        ),
+        head="masked-lm",
+    )
+    length, size = settings.sequence_length, settings.batch_size
+    masking = Masking(tokenizer.special, tokenizer.vocab_size)
+    tokens = _join(learned, tokenizer)
+    return _Task(
+        tokenizer,
+        model,
+        masked_language_model_loss,
+        MaskedWindows(tokens, length, size, settings.seed, masking),
+        list(fixed_masked_windows(_join(heldout, tokenizer), length, size, masking)),
+        len(tokens),
+    )
+
+
+OBJECTIVES: dict[str, Callable[[Pretrain, tuple[str, ...], tuple[str, ...]], _Task]] = {
+    "clm": _clm,
+    "mlm": _mlm,
+}
 
 
 def _join(texts: tuple[str, ...], tokenizer: Tokenizer) -> torch.Tensor:

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from peft_lite.tensor_files import read_named_tensors
 
-BUNDLED = Path(__file__).parent / "assets" / "gpt-neo-tales"
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = {"bundled": ASSETS / "gpt-neo-tales", "bundled-bert": ASSETS / "bert-tales"}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def find(source: str | Path) -> Path:
-    """The directory itself, the bundled model's for "bundled", or a local copy of the hub's files.
+    """The directory itself, a bundled model's for its name, or a local copy of the hub's files.
 
     Raises:
         ValueError: there is no such directory, and the hub does not give a model of that id.
     """
-    path = BUNDLED if source == "bundled" else Path(source)
+    path = BUNDLED.get(str(source)) or Path(source)
     if path.is_dir():
         return path
     if path.exists() or not HUB_ID.fullmatch(str(source)):

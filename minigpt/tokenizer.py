@@ -3,11 +3,24 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MARKS = 2  # [CLS] before a text and [SEP] after it
 UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than it has tokens
+
+
+class Special(NamedTuple):
+    """Ids of the tokens that BERT reads beside a text's own."""
+
+    pad: int
+    unknown: int
+    first: int
+    last: int
+    mask: int
 
 
 class Tokenizer:
@@ -61,6 +74,24 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         return cls(backend)
 
+    @classmethod
+    def train_word_piece(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """WordPiece (https://arxiv.org/abs/1609.08144) learned from `texts` in lower case without
+        accents, with BERT's five special tokens as ids 0 to 4.
+        """
+        texts = list(texts)
+        learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        learner.normalizer = normalizers.BertNormalizer(lowercase=True)
+        learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        characters = {c for text in texts for c in learner.normalizer.normalize_str(text)}
+        # the library numbers the inner pieces of one character anew in every run, unless given here
+        inner = sorted(f"##{c}" for c in characters if not c.isspace())
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=[*SPECIAL, *inner], show_progress=False
+        )
+        learner.train_from_iterator(texts, trainer)
+        return cls(_bert(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"), {}))
+
     def save(self, directory: str | Path) -> None:
         self.backend.save(str(Path(directory) / "tokenizer.json"))
 
@@ -81,6 +112,16 @@ class Tokenizer:
         """The id that separates texts, if the vocabulary has one."""
         ids = (self.backend.token_to_id(token) for token in ("<|endoftext|>", "</s>", "[SEP]"))
         return next((i for i in ids if i is not None), None)
+
+    @property
+    def special(self) -> Special:
+        """Raises ValueError for a tokenizer that lacks one of BERT's special tokens."""
+        ids = {token: self.backend.token_to_id(token) for token in SPECIAL}
+        found = [i for i in ids.values() if i is not None]
+        if len(found) < len(SPECIAL):
+            missing = ", ".join(token for token, i in ids.items() if i is None)
+            raise ValueError(f"the tokenizer lacks {missing}: it is not of BERT's kind")
+        return Special(*found)
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError unless a model with `vocab_size` rows of embeddings fits."""
@@ -103,11 +144,14 @@ def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _word_piece(folder: Path) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(
-        models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]")
-    )
     settings = folder / "tokenizer_config.json"
     options = json.loads(settings.read_text()) if settings.exists() else {}
+    model = models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]")
+    return _bert(model, options)
+
+
+def _bert(model: models.WordPiece, options: dict[str, Any]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=options.get("do_lower_case", True),
         strip_accents=options.get("strip_accents"),
@@ -115,7 +159,7 @@ def _word_piece(folder: Path) -> tokenizers.Tokenizer:
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    special = {t: backend.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    special = {token: backend.token_to_id(token) for token in SPECIAL}
     backend.add_special_tokens([t for t, i in special.items() if i is not None])
     first, last = special["[CLS]"], special["[SEP]"]
     if first is not None and last is not None:

@@ -4,7 +4,7 @@ A step, in this order:
 
     forward, backward    g = sum_i (n_i / n) d loss_i / d theta   over micro-batches of n_i labels
     record               |g|, the norm over all trainable tensors, before clipping
-    clip                 g <- g min(1, c / (|g| + 1e-6))          c = max_norm
+    clip                 g <- g min(1, c / (|g| + 1e-6))          c = max_norm, from step T_0 on
     optimizer            AdamW, Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101
     schedule             the rate of the next update (minigpt/schedule.py)
 """
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class TrainConfig:
         schedule: "linear", "cosine" or "constant", after `warmup_steps` of warm-up.
         schedule_steps: length of the schedule, T_sched >= T_train; None: T_train.
         max_norm: clip the global gradient norm to this; None: do not.
+        clip_from: the first updates, this many, are not clipped, T_0.
         accumulate: micro-batches in a step.
         bf16: run forward and backward in bfloat16 where autocast deems it safe.
         evaluate_every: steps between two held-out losses; 0: none along the way.
@@ -62,6 +63,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     max_norm: float | None = 1.0
+    clip_from: int = 0
     accumulate: int = 1
     bf16: bool = False
     evaluate_every: int = 0
@@ -74,7 +76,10 @@ class TrainConfig:
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value}, must be a positive number")
-        for field in ("warmup_steps", "weight_decay", "evaluate_every", "snapshot_every"):
+        for field in (
+            *("warmup_steps", "weight_decay", "clip_from"),
+            *("evaluate_every", "snapshot_every"),
+        ):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}, must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -98,6 +103,20 @@ class TrainConfig:
         factor = schedule.factor(self.schedule, t, self.warmup_steps, self.schedule_length)
         return self.lr * factor
 
+    def limit(self, t: int) -> float:
+        """Norm that the gradient of the update that follows `t` others is clipped to, c(t)."""
+        return math.inf if self.max_norm is None or t < self.clip_from else self.max_norm
+
+
+class Probe(Protocol):
+    """Looks at each step; what it returns joins the step's row of metrics."""
+
+    def before(self) -> Row:
+        """Called when the gradients are there, before they are clipped."""
+
+    def after(self) -> Row:
+        """Called when the weights are new.  Its time is not the step's."""
+
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and did so between two steps with a snapshot on disk."""
@@ -112,6 +131,7 @@ def train(
     heldout: Sequence[Batch] = (),
     resume: bool = False,
     observe: Callable[[Row], None] = lambda row: None,
+    probes: Sequence[Probe] = (),
 ) -> list[Row]:
     """Trains the parameters of `model` that require gradients.
 
@@ -123,6 +143,7 @@ def train(
         heldout: batches whose mean loss is measured every `config.evaluate_every` steps.
         resume: continue from the newest whole snapshot of `directory`, if there is one.
         observe: called with each row of metrics.
+        probes: what else is measured in each step.
 
     Returns:
         One row a step, resumed ones included: step, loss and heldout_loss (nats a label), lr,
@@ -138,10 +159,7 @@ def train(
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
     trained = list(parameters.values())
     device = trained[0].device
-    c = math.inf if config.max_norm is None else config.max_norm
-    optimizer = ClippedAdamW(
-        trained, config.lr, config.betas, config.eps, config.weight_decay, max_norm=c
-    )
+    optimizer = ClippedAdamW(trained, config.lr, config.betas, config.eps, config.weight_decay)
     run = _Run(Path(directory), model, parameters, optimizer) if directory is not None else None
     rows = run.restore() if run and resume else []
     if run and not resume:
@@ -151,22 +169,20 @@ def train(
             for t in range(len(rows), config.steps):
                 begin = time.perf_counter()
                 for group in optimizer.param_groups:
-                    group["lr"] = config.rate(t)
+                    group["lr"], group["max_norm"] = config.rate(t), config.limit(t)
                 micro = [batches(t * config.accumulate + i) for i in range(config.accumulate)]
                 total = _backward(model, loss, micro, device, config.bf16)
                 squares = optimizer.sum_of_squares()
                 norm = squares.sqrt().item()
                 _check_finite(t + 1, total, norm, run)
+                row = {"step": t + 1, "loss": total, "lr": config.rate(t), "gradient_norm": norm}
+                for probe in probes:
+                    row |= probe.before()
                 optimizer.update(squares)
                 optimizer.zero_grad()
-
-                row = {
-                    "step": t + 1,
-                    "loss": total,
-                    "lr": config.rate(t),
-                    "gradient_norm": norm,
-                }
                 row["seconds"] = time.perf_counter() - begin
+                for probe in probes:
+                    row |= probe.after()
                 if _due(t + 1, config.evaluate_every) and heldout:
                     row["heldout_loss"] = evaluate(model, loss, heldout, config.bf16)
                 rows.append(row)

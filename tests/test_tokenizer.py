@@ -8,6 +8,7 @@ import transformers
 from conftest import minilm_folder, real_data
 
 from minigpt import Tokenizer
+from minigpt.tokenizer import Special
 
 ODD = [
     "",
@@ -163,6 +164,37 @@ def test_trained_tokenizer_makes_the_round_trip_through_its_file(texts, tmp_path
     story = texts[-2] or texts[-3]
     assert len(trained.encode(story)) < 0.7 * len(story)
     assert_same_ids(trained, tmp_path, texts)
+
+
+def test_trained_word_pieces_make_the_round_trip_through_their_file(texts, tmp_path):
+    trained = Tokenizer.train_word_piece(texts, 600)
+    assert trained.vocab_size == 600
+    assert trained.special == Special(pad=0, unknown=1, first=2, last=3, mask=4)
+    assert trained.end_of_text == 3
+    assert trained.decode(trained.encode("  The Cat, SAT on a mât ")) == "the cat, sat on a mat"
+    trained.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.special == trained.special
+    for text in [*texts, "unseen: Ωμέγα"]:
+        assert again.encode(text) == trained.encode(text)
+    assert_same_ids(trained, tmp_path, texts)
+    story = texts[-2] or texts[-3]
+    assert len(trained.encode(story)) < 0.7 * len(story)
+
+
+def test_word_pieces_are_learned_alike_every_time(texts):
+    """The library's own numbering changes from run to run."""
+    first, *others = [Tokenizer.train_word_piece(texts, 600).backend.to_str() for _ in range(4)]
+    assert all(other == first for other in others)
+
+
+def test_a_tokenizer_without_special_tokens_names_them(vocab_file):
+    assert Tokenizer.load(vocab_file).special == Special(0, 100, 101, 102, 103)
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[SEP]": 2}, unk_token="[UNK]")
+    )
+    with pytest.raises(ValueError, match=r"lacks \[CLS\], \[MASK\]: "):
+        _ = Tokenizer(backend).special
 
 
 def test_word_level_vocabulary_without_a_separator_has_no_end_of_text():

@@ -1,0 +1,122 @@
+"""Numbers with their uncertainty: perplexity, shares, means over seeds, popular tokens.
+
+    perplexity = exp(loss)                                                 loss in nats a token
+
+    share p of a population, k of n drawn; with p' = k / n, z the normal quantile (Wilson 1927):
+        (p' + z^2 / 2n  +-  z sqrt(p' (1 - p') / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    mean of n runs with standard deviation s, t the quantile of n - 1 degrees of freedom (Student
+    1908):      mean  +-  t s / sqrt(n)
+
+All intervals are two-sided and hold 95 %.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+
+Z = NormalDist().inv_cdf(0.975)
+# Student's 0.975 quantiles of 1, 2, ... degrees of freedom
+T = (
+    *(12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216, 2.22814),
+    *(2.20099, 2.17881, 2.16037, 2.14479, 2.13145, 2.11991, 2.10982, 2.10092, 2.09302, 2.08596),
+    *(2.07961, 2.07387, 2.06866, 2.06390, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523, 2.04227),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the interval that holds the true one in 95 % of cases."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def share(k: int, n: int) -> Estimate:
+    """K / n with Wilson's interval, which stays in [0, 1] and is no point at k = 0 or n.
+
+    Raises:
+        ValueError: n is not positive, or k lies outside [0, n].
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}, must be at least 1")
+    if not 0 <= k <= n:
+        raise ValueError(f"k is {k}, must lie in [0, {n}]")
+    p = k / n
+    # (p' + z^2 / 2n  +-  z sqrt(p' (1 - p') / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    scale = 1 + Z**2 / n
+    centre = (p + Z**2 / (2 * n)) / scale
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / scale
+    low = 0.0 if k == 0 else centre - half  # exactly: their difference is rounding
+    high = 1.0 if k == n else centre + half
+    return Estimate(p, low, high)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of independent runs, such as seeds, with Student's interval.
+
+    Raises:
+        ValueError: fewer than two values, from which no spread can be known.
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"{n} values, at least 2 are needed for an interval")
+    middle = fmean(values)
+    # mean +- t s / sqrt(n)
+    half = student(n - 1) * stdev(values) / math.sqrt(n)
+    return Estimate(middle, middle - half, middle + half)
+
+
+def student(freedom: int) -> float:
+    """The 0.975 quantile of Student's t; beyond the table by its expansion about the normal one
+    (Abramowitz and Stegun 26.7.5), to four decimals.
+    """
+    if freedom < 1:
+        raise ValueError(f"freedom is {freedom}, must be at least 1")
+    if freedom <= len(T):
+        return T[freedom - 1]
+    first = (Z**3 + Z) / 4
+    second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    return Z + first / freedom + second / freedom**2
+
+
+def popular_tokens(
+    ids: Iterable[int], k: int, allowed: Callable[[int], bool] = lambda token: True
+) -> set[int]:
+    """The k most frequent token ids of a text among the allowed ones; of equally frequent ones, the
+    first to occur.
+
+    Raises:
+        ValueError: k is not positive, or the text has fewer than k different allowed tokens.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}, must be at least 1")
+    counts = Counter(ids)
+    popular = [token for token, _ in counts.most_common() if allowed(token)][:k]
+    if len(popular) < k:
+        raise ValueError(f"k is {k}, the text has {len(popular)} different allowed tokens")
+    return set(popular)
+
+
+def longer_than(characters: int, decode: Callable[[list[int]], str]) -> Callable[[int], bool]:
+    """For `popular_tokens`: only tokens whose decoded text has more than so many characters."""
+    return lambda token: len(decode([token])) > characters
+
+
+def popular_share(ids: Sequence[int], popular: Collection[int]) -> Estimate:
+    """The share of `ids` that are popular, with Wilson's interval."""
+    return share(sum(token in popular for token in ids), len(ids))

@@ -1,0 +1,57 @@
+"""The published experiments, one readable file each, and their claims put to the test.
+
+    minigpt study NAME --out DIR
+
+A study is a module with `Settings`, `PUBLISHED` (the settings of the write-up), `parts(settings)`,
+which says what is to be run, and `report(settings, results, out)`, which draws the figures and
+says what the results mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from minigpt import runs
+from minigpt.studies import report as reports
+from minigpt.studies.lab import Lab, Part, Result
+
+STUDIES: Mapping[str, str] = {}
+
+
+class Study(Protocol):
+    """What the module of a study holds."""
+
+    TITLE: str
+    PUBLISHED: Mapping[str, Any]
+    Settings: type
+
+    def parts(self, settings: Any) -> Sequence[Part]: ...
+
+    def report(self, settings: Any, results: Mapping[str, Result], out: Path) -> reports.Report: ...
+
+
+def study(name: str) -> Study:
+    """The module of a study."""
+    module: Any = import_module(f"minigpt.studies.{name.replace('-', '_')}")
+    return module
+
+
+def command(name: str) -> tuple[type, Callable[[Any, Path, bool], dict[str, object]]]:
+    """The settings of a study, and what runs it."""
+    return study(name).Settings, partial(_run, name)
+
+
+def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]:
+    """Runs a study, or what is left of it.  Returns its summary."""
+    module = study(name)
+    todo = module.parts(settings)
+    runs.claim(out, f"study {name}", settings)
+    results = Lab(out).run(todo)
+    found = module.report(settings, results, out)
+    reports.write(out, name, settings, found, results)
+    summary: dict[str, object] = {"study": name, "parts": len(todo)}
+    summary |= {f"claim {finding.claim}": finding.verdict for finding in found.findings}
+    runs.write(out / "summary.json", summary)
+    return summary

@@ -1,0 +1,112 @@
+"""What a study leaves behind: `results.json`, `figures/*.png` and `report.html`, which holds
+everything in one file: the answer first, then figures, tables, the verdicts, the setting.
+"""
+
+import base64
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt import runs
+from minigpt.snapshot import publish
+from minigpt.studies.claims import SEEDS, Finding
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`file` in OUT/figures, and what it shows."""
+
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a study found.
+
+    Attributes:
+        answer: three sentences.
+        numbers: further figures, for whoever reads `results.json`.
+    """
+
+    title: str
+    answer: Sequence[str]
+    figures: Sequence[Figure]
+    tables: Sequence[Table]
+    findings: Sequence[Finding]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(
+    out: Path, name: str, settings: Any, report: Report, parts: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Writes `results.json` and `report.html`, each whole or not at all."""
+    from jinja2 import Environment, StrictUndefined
+
+    setting = {**asdict(settings), **machine()}
+    findings = [finding.row() for finding in report.findings]
+    content = {
+        "study": name,
+        "title": report.title,
+        "answer": list(report.answer),
+        "settings": asdict(settings),
+        "machine": machine(),
+        "findings": findings,
+        "tables": [asdict(table) for table in report.tables],
+        "numbers": dict(report.numbers),
+        "parts": dict(parts),
+    }
+    runs.write(out / "results.json", content)
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        report=report,
+        findings=findings,
+        seeds=SEEDS,
+        pictures={
+            figure.file: base64.b64encode((out / "figures" / figure.file).read_bytes()).decode()
+            for figure in report.figures
+        },
+        setting={key: value for key, value in setting.items() if value is not None},
+    )
+    partial = out / "report.partial"
+    partial.write_text(page)
+    publish(partial, out / "report.html")
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on besides the settings."""
+    found = {
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
+        f"minigpt {version('minigpt')}",
+    }
+    if torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
