@@ -17,7 +17,9 @@ from minigpt import runs
 from minigpt.studies import report as reports
 from minigpt.studies.lab import Lab, Part, Result
 
-STUDIES: Mapping[str, str] = {}
+STUDIES: Mapping[str, str] = {
+    "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
+}
 
 
 class Study(Protocol):
