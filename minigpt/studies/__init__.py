@@ -17,7 +17,10 @@ from minigpt import runs
 from minigpt.studies import report as reports
 from minigpt.studies.lab import Lab, Part, Result
 
-STUDIES: Mapping[str, str] = {}
+STUDIES: Mapping[str, str] = {
+    "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
+    "partial-freezing": "001: attention and embeddings frozen; cost, forgetting, popular tokens",
+}
 
 
 class Study(Protocol):
