@@ -142,6 +142,8 @@ def test_a_window_met_again_is_masked_anew() -> None:
     batches = MaskedWindows(text(63), 64, 1, 0, MASKING)  # there is one long window
     chosen = {tuple((batches(i)["labels"] != -100)[0].tolist()) for i in range(9, 200, 10)}
     assert len(chosen) > 10
+    seeds = [MaskedWindows(text(63), 64, 1, seed, MASKING)(9) for seed in (0, 1)]
+    assert not same(*seeds)
 
 
 @pytest.mark.parametrize("n", [1, 13, 14, 15, 56, 57, 100])
