@@ -124,7 +124,6 @@ def test_opens_in_transformers(bundled: tuple[Bert, Tokenizer]) -> None:
     assert torch.allclose(theirs(ids).logits, model(ids), atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_takes_a_classifier(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = Tokenizer.load(find("bundled-bert"))
     model = minigpt.load("bundled-bert", head="classification", num_labels=2)
