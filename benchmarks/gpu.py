@@ -19,7 +19,7 @@ from benchmarks import routes
 from benchmarks.common import RESULTS
 from benchmarks.tables import ROOT
 
-BENCHMARKS = ("lora_linear", "training_step_gpu")
+BENCHMARKS = ("lora_linear", "training_step_gpu", "clipped_update")
 LIMIT = 480.0  # seconds
 
 
