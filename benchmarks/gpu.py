@@ -1,8 +1,9 @@
 """All that a GPU has to measure, in one go: the result files, the table of kernels/dispatch.py, and
 the tables and plots of the documentation.
 
-Each benchmark writes its file as it goes, and none begins or goes on after eight minutes; what was
-measured by then is drawn.  Without a GPU it says so and ends with exit status 2.
+Each benchmark writes its file as it goes, and none goes on after eight minutes; what was measured
+by then is drawn, and a benchmark that was stopped can be run by itself.  Without a GPU it says so
+and ends with exit status 2.
 
     python -m benchmarks.gpu
 """
@@ -53,7 +54,7 @@ def run(name: str, *options: object, seconds: float | None = None) -> bool:
     try:
         return subprocess.run(command, timeout=seconds).returncode == 0
     except subprocess.TimeoutExpired:
-        print(f"{name}: stopped, {LIMIT:.0f} seconds are over", file=sys.stderr)
+        print(f"{LIMIT:.0f} seconds are over: python -m benchmarks.{name}", file=sys.stderr)
         return False
 
 

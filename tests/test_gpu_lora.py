@@ -22,6 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+    # of the thread that runs the backward pass
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
     pytest.mark.skipif(INTERPRETED, reason="Triton interprets: run python -m pytest -m gpu"),
 ]
 ROOT = Path(__file__).parents[1]
@@ -84,7 +86,7 @@ def test_two_runs(shape: checks.Shape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.filterwarnings("ignore:::torch")  # what inductor says of the machine
+@pytest.mark.filterwarnings("ignore")  # what inductor says of the machine
 def test_compiled(p: float) -> None:
     checks.check_compiled((512, 256, 320, 8), torch.bfloat16, "cuda", "inductor", p)
 
@@ -136,7 +138,7 @@ def test_no_access_out_of_bounds() -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-5)])
 def test_fifty_steps_of_gpt_neo_125m_are_those_of_the_torch_route(
     dtype: torch.dtype, tolerance: float
 ) -> None:

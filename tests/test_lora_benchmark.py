@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import lora_linear, lora_tables, paper, training_step_gpu
+from benchmarks import gpu, lora_linear, lora_tables, paper, training_step_gpu
 from benchmarks.common import write
 from benchmarks.lora_linear import BOTH, FORWARD, GPU_SHAPES, GRAPH, LAUNCHED
 from benchmarks.lora_sides import Fusion, Unsloth, inputs, layers
@@ -107,6 +107,12 @@ def test_all_that_a_gpu_measures_runs_on_tiny_shapes() -> None:
     times, wrong = run(Shape(3, 32, 48, 4), EAGERLY)
     assert {row["phase"] for row in times} == {FORWARD}
     assert not wrong
+
+
+def test_seconds_are_those_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_linear.on, "seconds", lambda *_: 6.0)
+    times, _ = lora_linear.measure(SMALL, [paper.BASE], 1, "cpu", torch.float32)
+    assert {row["seconds"] for row in times if row["side"] == paper.BASE} == {3.0}  # of two sets
 
 
 def test_a_side_that_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
@@ -279,8 +285,29 @@ def test_the_table_of_routes_is_that_of_the_medians(results: Path) -> None:
 
 
 def test_no_route_is_there_before_it_was_measured() -> None:
-    gpu = ROOT / "benchmarks" / "results" / "lora_linear_gpu.csv"
-    assert (len(dispatch.TABLE) > 0) == gpu.exists()
+    measured = ROOT / "benchmarks" / "results" / "lora_linear_gpu.csv"
+    assert (len(dispatch.TABLE) > 0) == measured.exists()
+
+
+def test_one_command_goes_on_after_a_failure_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def run(name: str, *options: object, seconds: float | None = None) -> bool:
+        calls.append((name, seconds))
+        return name != "lora_linear"
+
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run", run)
+    with pytest.raises(SystemExit, match=r"failed: lora_linear$"):
+        gpu.main()
+    assert [name for name, _ in calls] == ["lora_linear", "routes", *gpu.BENCHMARKS[1:], "tables"]
+    assert all(seconds < gpu.LIMIT for name, seconds in calls if name in gpu.BENCHMARKS)
+
+
+def test_a_benchmark_is_stopped_when_its_time_is_over(capfd) -> None:
+    assert not gpu.run("lora_linear", seconds=0.1)
+    assert "python -m benchmarks.lora_linear" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
