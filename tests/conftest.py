@@ -25,6 +25,12 @@ torch.set_num_threads(1)  # small models: more threads would wait for each other
 transformers.utils.logging.disable_progress_bar()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    interpreted = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and item.get_closest_marker("gpu"):
+        pytest.skip("kernels are interpreted in this run: python -m pytest -m gpu")
+
+
 def real_data(*parts: str) -> Path:
     """A file or folder of the real data; skips the test where it is absent."""
     path = DATA.joinpath(*parts)

@@ -18,13 +18,11 @@ from minigpt import GPTNeo, GPTNeoConfig
 from minigpt.loss import IGNORED
 from tests import lora_checks as checks
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
     # of the thread that runs the backward pass
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
-    pytest.mark.skipif(INTERPRETED, reason="Triton interprets: run python -m pytest -m gpu"),
 ]
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
