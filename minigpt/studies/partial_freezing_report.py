@@ -109,9 +109,8 @@ def cost_table(found: Measured) -> Table:
         rows.append(
             [
                 arm,
-                f"{one['tensors']}",
                 f"{one['trainable']:,}",
-                f"{100 * one['trainable'] / one['total']:.1f} %",
+                f"{100 * one['trainable'] / one['total']:.1f}",
                 f"{found.memory('optimizer', arm)[0] / 1e6:.2f}",
                 shown(peaks, ".1f"),
                 f"{seconds:.3f}",
@@ -119,7 +118,7 @@ def cost_table(found: Measured) -> Table:
                 f"{one['trained_moved']:.2g}",
             ]
         )
-    columns = ("rule", "tensors", "train", "share", "optimizer, MB", "peak, MB", "seconds a step")
+    columns = ("rule", "train", "share, %", "optimizer, MB", "peak, MB", "seconds a step")
     return Table(
         "What trains, what it costs, what moved",
         (*columns, "frozen moved", "trained moved"),
