@@ -17,7 +17,9 @@ from minigpt import runs
 from minigpt.studies import report as reports
 from minigpt.studies.lab import Lab, Part, Result
 
-STUDIES: Mapping[str, str] = {}
+STUDIES: Mapping[str, str] = {
+    "peft-methods": "003: what each method costs and what it gives, on an encoder",
+}
 
 
 class Study(Protocol):
