@@ -20,7 +20,7 @@ from minigpt.studies import peft_methods
 from minigpt.studies.claims import CLAIMS
 from minigpt.studies.encoder_methods import METHODS, attach, new_modules
 from minigpt.studies.lab import Part, Result
-from minigpt.studies.peft_methods_findings import counted, findings, outcomes, slope, variances
+from minigpt.studies.peft_methods_findings import findings, outcomes, slope, variances
 from minigpt.train import Interrupted
 
 D, L, INNER, POSITIONS = 12, 2, 20, 48
@@ -300,11 +300,6 @@ def test_variances_and_slopes_are_those_of_numpy() -> None:
     x = list(DECADES.values())
     assert one.value == pytest.approx(np.polyfit(x, 0.1 * np.square(x), 1)[0])
     assert one.low == pytest.approx(one.value) == one.high  # the seeds differ by a constant
-
-
-def test_lora_is_counted_on_the_layer_itself() -> None:
-    assert counted(100, 1000, 1000) == (200_000, 1_000_000)
-    assert counted(3, 7, 5) == (3 * (7 + 5), 35)
 
 
 @pytest.mark.parametrize(

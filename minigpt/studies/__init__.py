@@ -19,6 +19,7 @@ from minigpt.studies.lab import Lab, Part, Result
 
 STUDIES: Mapping[str, str] = {
     "peft-methods": "003: what each method costs and what it gives, on an encoder",
+    "lora-rank": "004: quality of a decoder against the rank of LoRA and the size of the text",
 }
 
 

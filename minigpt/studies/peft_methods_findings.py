@@ -5,12 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression, median, stdev, variance
 
-import torch
-from torch import nn
-
-import peft_lite
 from minigpt.metrics import Estimate, mean, share
 from minigpt.studies.claims import Finding, about, count, judge
+from minigpt.studies.counts import lora_counts
 from minigpt.studies.encoder_methods import FLOOR, FULL, METHODS
 from minigpt.studies.lab import Result
 from minigpt.studies.report import Table
@@ -168,7 +165,7 @@ def moves(change: Estimate) -> str:
 def findings(found: Found, on: str) -> list[Finding]:
     """The verdicts."""
     seeds, rounds = len(found[FULL].accuracy), len(found[FULL].times)
-    trained, whole = counted(rank=100, rows=1000, columns=1000)
+    trained, whole = lora_counts(1000, 1000, r=100)
     leads = {method: lead(found, method) for method in PEFT}
     verdicts = [judge(one, seeds, 0.0, above=True) for one in leads.values()]
     nearest = min(PEFT, key=lambda method: leads[method].value)
@@ -228,15 +225,6 @@ def all_of(verdicts: Sequence[str]) -> str:
     if "fails" in verdicts:
         return "fails"
     return "holds" if set(verdicts) == {"holds"} else "undecided"
-
-
-def counted(rank: int, rows: int, columns: int) -> tuple[int, int]:
-    """What LoRA trains of a (rows, columns) weight, and what full tuning does."""
-    with torch.device("meta"):
-        model = nn.ModuleDict({"layer": nn.Linear(columns, rows, bias=False)})
-        whole = peft_lite.report(model).trainable
-        peft_lite.attach(model, peft_lite.LoraConfig(["layer"], r=rank))
-    return peft_lite.report(model).trainable, whole
 
 
 def tables(found: Found, rates: Mapping[str, float]) -> list[Table]:
