@@ -17,7 +17,9 @@ from minigpt import runs
 from minigpt.studies import report as reports
 from minigpt.studies.lab import Lab, Part, Result
 
-STUDIES: Mapping[str, str] = {}
+STUDIES: Mapping[str, str] = {
+    "clipping-and-schedule": "an encoder's sentiment, with freezing, clipping and schedule (002)",
+}
 
 
 class Study(Protocol):
