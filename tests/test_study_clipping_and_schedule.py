@@ -21,7 +21,7 @@ from torch import Tensor
 import minigpt
 from minigpt.classify import ShuffledExamples, collate, encode
 from minigpt.cli import main
-from minigpt.labelled import read_labelled, read_parts
+from minigpt.labelled import balanced, read_labelled, read_parts
 from minigpt.studies import bag_of_words
 from minigpt.studies import clipping_and_schedule as ours
 from minigpt.studies.clipping_and_schedule import ARMS, PUBLISHED, Settings, gather, run
@@ -120,6 +120,8 @@ class Loop:
         self.found: dict[str, list[float]] = {
             key: [] for key in ("loss", "accuracy", "norm", "mlp", "classifier", "lr", "lost")
         }
+        rows = balanced(test, 8, 0)
+        watched = collate(encode(rows, tokenizer, 20), 0)
         self.accuracies: list[float] = []
         self.model.eval()
         for t in range(STEPS):
@@ -147,13 +149,15 @@ class Loop:
                 self.found[key].append(value)
             optimizer.step()
             schedule.step()
+            if t in (4, 9, 14, 19):  # after every fifth update
+                self.accuracies.append(self.right(watched) / 8)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model(batch["input_ids"], attention_mask=batch["attention_mask"])
 
-    def right(self) -> int:
+    def right(self, batch: dict[str, Tensor]) -> int:
         with torch.no_grad():
-            return int((self.logits(self.test).argmax(-1) == self.test["labels"]).sum())
+            return int((self.logits(batch).argmax(-1) == batch["labels"]).sum())
 
     @staticmethod
     def norm(parameters: Sequence[torch.nn.Parameter]) -> float:
@@ -176,7 +180,8 @@ def test_each_arm_is_a_plain_loop(arm: str, finished: Path, folder: Path) -> Non
     assert lost(steps["gradient_norm"], config) == pytest.approx(
         loop.found["lost"], rel=2e-3, abs=1e-5
     )
-    assert part["right"] == loop.right()
+    assert part["right"] == loop.right(loop.test)
+    assert part["tests"]["test_accuracy"] == loop.accuracies
     if arm in ("clipping", "delayed"):
         assert max(loop.found["lost"]) > 0.1  # there was something to clip
 
@@ -328,6 +333,8 @@ def test_verdicts_of_invented_runs() -> None:
     assert verdicts(other) == counted | dict.fromkeys(
         ("accuracy", "variance", "mlp-norm", "classifier-norm"), "fails"
     )
+    larger = told(5, right=[190, 191, 190, 191, 191])
+    assert verdicts(larger)["accuracy"] == "holds in direction"  # ten points, not five
     mixed = told(
         5,
         right=[150, 190, 150, 190, 171],

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from minigpt.metrics import share
-from minigpt.studies.clipping_and_schedule_findings import Runs, lost
+from minigpt.studies.clipping_and_schedule_findings import Runs, lost, straight
 from minigpt.studies.figures import FROZEN, FULL, OTHERS, figure, line, marks, smooth
 from minigpt.studies.report import Figure
 from minigpt.train import TrainConfig
@@ -44,7 +44,7 @@ def _rate(config: TrainConfig, folder: Path) -> Figure:
     lines: list[tuple[str, list[float], dict[str, Any]]] = [
         ("optimizer first: the notebook, and here", [config.rate(n - 1) for n in updates], FULL),
         ("schedule first: section 3.4", [config.rate(n) for n in updates], FROZEN),
-        ("1 - t / T_sched", [_straight(config, n - 1) for n in updates], OTHERS[0]),
+        ("1 - t / T_sched", [straight(config, n - 1) for n in updates], OTHERS[0]),
         ("constant: baseline, freezing, clipping", [config.lr for _ in updates], OTHERS[1]),
     ]
     begin = min(config.steps, 2 * config.warmup_steps + 2)
@@ -62,10 +62,6 @@ def _rate(config: TrainConfig, folder: Path) -> Figure:
         f"at {config.schedule_length}, beyond the last update. The runs use the solid line, whose "
         "first update has rate 0.",
     )
-
-
-def _straight(config: TrainConfig, t: int) -> float:
-    return config.lr * (1 - t / config.schedule_length)
 
 
 def _course(runs: Runs, every: int, folder: Path) -> Figure:

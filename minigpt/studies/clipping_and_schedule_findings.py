@@ -118,6 +118,11 @@ def published() -> TrainConfig:
     return TrainConfig(300, 1e-5, "linear", warmup_steps=15, schedule_steps=450)
 
 
+def straight(config: TrainConfig, t: int) -> float:
+    """The write-up's third line, without warm-up: rate of the update that follows `t` others."""
+    return config.lr * (1 - t / config.schedule_length)
+
+
 def findings(runs: Runs) -> list[Finding]:
     """A verdict on each claim."""
     frozen, total = frozen_of_bert_base()
@@ -312,7 +317,7 @@ def _rates() -> Table:
             ],
             [
                 "of update number, 1 - t / T_sched",
-                *(f"{config.lr * (1 - t / config.schedule_length):.4g}" for t in QUOTED_RATES),
+                *(f"{straight(config, t - 1):.4g}" for t in QUOTED_RATES),
             ],
         ],
         "The write-up quotes the first line.",
