@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test lint kernels bench mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
 	$(BIN)/python -m minigpt.demo
@@ -14,6 +14,9 @@ lint: .venv/test          ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: .venv/test       ## compile every Triton kernel for three GPUs, without one, and look for faults
+	$(BIN)/python -W ignore -m kernels.compile_all
 
 bench: .venv/test         ## measure against the peers, write benchmarks/results/*.csv and the tables
 	$(BIN)/python -m benchmarks

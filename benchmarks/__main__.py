@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS
 from benchmarks.tables import ROOT
 
-BENCHMARKS = ("training_step", "memory", "methods", "generation", "startup")
+BENCHMARKS = ("training_step", "memory", "methods", "generation", "startup", "clipped_update")
 
 
 def main() -> None:

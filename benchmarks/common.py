@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import threading
 import traceback
@@ -112,8 +113,22 @@ def machine(threads: int) -> dict[str, str]:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "none"
+    facts |= _gpu()
     facts["date"] = datetime.now(UTC).date().isoformat()
     return facts
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver}
 
 
 def _read(path: str) -> str:

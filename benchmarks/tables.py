@@ -8,10 +8,12 @@ after the other.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import clipped_update
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
 from benchmarks.methods import FULL, PEFT
 from benchmarks.startup import TORCH
@@ -121,6 +123,69 @@ def costs(steps: Sequence[Mapping[str, str]], bytes_: Sequence[Mapping[str, str]
     return "\n".join(lines)
 
 
+UPDATE = """\
+Medians, and ours over the quickest other side, round by round (its quartiles): below 1, ours is
+quicker.  On a GPU, `floor` is 32 bytes a parameter at the bandwidth of a large copy.  On paper is
+what the bytes alone would take on one H200 at the 4.3 TB/s that a copy reaches there: 32 for each
+parameter by ours, 40 by clip + fused, 92 by clip + foreach.  It is arithmetic, not measured."""
+PAPER = {clipped_update.OURS: 32, clipped_update.FUSED: 40, clipped_update.FOREACH: 92}
+PAPER_BANDWIDTH = 4.3e12  # bytes a second
+NOT_MEASURED = """\
+Not measured on a GPU yet; there, `python -m benchmarks.clipped_update` measures, and
+`python -m benchmarks.tables` draws it here."""
+
+
+def clip_and_update(folder: Path) -> str:
+    """The tables of what was measured on a CPU and on a GPU, and of what paper says."""
+    text = [UPDATE]
+    places = {"cpu": ("On the CPU",), "gpu": ("On the GPU, the clock", "On the GPU, the device")}
+    for place, titles in places.items():
+        path = folder / f"clipped_update_{place}.csv"
+        if not path.exists():
+            text += [NOT_MEASURED]
+            continue
+        facts, rows = read(path)
+        machine = ", ".join(f"{name} {value}" for name, value in facts.items())
+        text += [f"Measured on: {machine}."]
+        for title, kind in zip(titles, (clipped_update.WALL, clipped_update.DEVICE), strict=False):
+            text += [f"{title}:", updates([row for row in rows if row["time"] == kind])]
+    text += ["On paper:", _paper()]
+    return "\n\n".join(text)
+
+
+def updates(rows: Sequence[Mapping[str, str]]) -> str:
+    """A line for each set of tensors, a column for each side."""
+    sides = [s for s in _values(rows, "side") if s != clipped_update.OURS]
+    others = [s for s in sides if s != clipped_update.FLOOR]
+    columns = ["", *sides, clipped_update.OURS, "ours / best", "quartiles"]
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    for name in _values(rows, "set"):
+        seconds = {
+            side: [float(r["seconds"]) for r in rows if (r["set"], r["side"]) == (name, side)]
+            for side in (*sides, clipped_update.OURS)
+        }
+        medians = {side: quartiles(values)[1] for side, values in seconds.items() if values}
+        best = min((s for s in others if s in medians), key=lambda s: medians[s])
+        pairs = zip(seconds[clipped_update.OURS], seconds[best], strict=True)
+        first, middle, third = quartiles([a / b for a, b in pairs])
+        cells = [_time(medians[s]) if s in medians else "" for s in seconds]
+        lines.append(_row([name, *cells, f"{middle:.2f}", f"{first:.2f} to {third:.2f}"]))
+    return "\n".join(lines)
+
+
+def _paper() -> str:
+    lines = [_row(["", *PAPER]), _row(["---", *["---:"] * len(PAPER)])]
+    for name, shapes in clipped_update.SETS.items():
+        count = sum(math.prod(shape) for shape in shapes)
+        times = [_time(count * size / PAPER_BANDWIDTH) for size in PAPER.values()]
+        lines.append(_row([name, *times]))
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g} us" if seconds < 1e-3 else f"{1e3 * seconds:.3g} ms"
+
+
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Median of the rounds' ratios; nothing where there is no other side."""
     if not theirs:
@@ -216,6 +281,7 @@ def main() -> None:
     _, method_steps = read(given.out / "methods_step.csv")
     _, method_bytes = read(given.out / "methods_memory.csv")
     text += ["### What each method costs", "", COSTS, "", costs(method_steps, method_bytes)]
+    text += ["", "### Clip and update", "", clip_and_update(given.out)]
     docs = given.root / "docs"
     docs.mkdir(exist_ok=True)
     page = docs / "benchmarks.md"

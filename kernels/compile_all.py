@@ -88,12 +88,15 @@ def jobs(capability: int) -> Iterator[Job]:
         yield from _decode(job, dtype)
     if capability in tiles.EXPAND_TMA:
         yield from _expand_tma(job, capability)
-    sizes = {"CHUNK": clipped_update.CHUNK, "BLOCK": clipped_update.BLOCK}
-    whole = {"table": "*i64", "chunks": "*i64", "parts": "*fp32"}
-    floats = dict.fromkeys(("norm_out", "step", "next_step", "rates"), "*fp32")
-    for name in ("squares_kernel", "adamw_kernel", "sgd_kernel"):
-        yield job(name, getattr(clipped_update, name), pointers={**whole, **floats},
-                  constants=sizes, options={"num_warps": clipped_update.WARPS})  # fmt: skip
+    pointers = dict.fromkeys(("table", "chunks"), "*i64") | {"settings": "*fp64"}
+    pointers |= dict.fromkeys(("counts", "parts", "norm_out"), "*fp32")
+    for name, vector in product(("squares_kernel", "adamw_kernel", "sgd_kernel"), (4, 1)):
+        kernel = getattr(clipped_update, name)
+        constants = {
+            p.name: getattr(clipped_update, p.name, vector) for p in kernel.params if p.is_constexpr
+        }
+        yield job(f"{name} {vector}", kernel, pointers=pointers, constants=constants,
+                  options={"num_warps": clipped_update.WARPS})  # fmt: skip
 
 
 def _skinny(job: Any, dtype: str) -> Iterator[Job]:
@@ -225,8 +228,9 @@ def _needs_hgmma(dtype: str, tile: Tile) -> bool:
 
 def _scalar(name: str) -> str:
     """The type of an argument that is no pointer: sizes and strides, or numbers."""
-    numbers = {"c", "beta1", "rest1", "log1", "beta2", "rest2", "log2", "eps", "decay"}
-    return "i64" if name == "threshold" else "fp32" if name in numbers else "i32"
+    if name == "threshold":
+        return "i64"
+    return "fp32" if name == "c" else "i32"
 
 
 def _first(pattern: str, text: str) -> str:

@@ -5,6 +5,9 @@
     share p of a population, k of n drawn; with p' = k / n, z the normal quantile (Wilson 1927):
         (p' + z^2 / 2n  +-  z sqrt(p' (1 - p') / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
+    difference of two shares with intervals [l, u] (Newcombe 1998, method 10):
+        p_1 - p_2  -  sqrt((p_1 - l_1)^2 + (u_2 - p_2)^2),    and + with l and u exchanged
+
     mean of n runs with standard deviation s, t the quantile of n - 1 degrees of freedom (Student
     1908):      mean  +-  t s / sqrt(n)
 
@@ -64,6 +67,15 @@ def share(k: int, n: int) -> Estimate:
     low = 0.0 if k == 0 else centre - half  # exactly: their difference is rounding
     high = 1.0 if k == n else centre + half
     return Estimate(p, low, high)
+
+
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """First - second, two independent shares."""
+    # p_1 - p_2  -  sqrt((p_1 - l_1)^2 + (u_2 - p_2)^2)
+    middle = first.value - second.value
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(middle, middle - below, middle + above)
 
 
 def mean(values: Sequence[float]) -> Estimate:

@@ -16,6 +16,7 @@ the last tenth of the steps; here they are mixed, so no schedule makes the long 
 Shapes:  B batch   T time   D width
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt.bert import Bert, Block
 from minigpt.data import Batch, RandomWindows
 from minigpt.loss import IGNORED, LanguageModel, chunked_cross_entropy
 from minigpt.tokenizer import MARKS, Special
@@ -89,6 +91,28 @@ class MaskedWindows:
         windows = self._windows(1 if i % LONG_EVERY == LONG_EVERY - 1 else SHORTER)
         random = np.random.default_rng([self.seed, i, 1])  # the windows draw from [seed, i]
         return self.masking(windows(i)["input_ids"], random)
+
+
+@torch.no_grad()
+def start_local(model: Bert) -> None:
+    """Starts a fresh model with heads that look at near tokens.
+
+    Learned positions begin as noise that says nothing of near and far, and while no head knows its
+    neighbours a model learns which words occur in a text but not their order.  So, after Trockman
+    and Kolter 2023 (https://arxiv.org/abs/2305.09828), positions start as the sinusoids of Vaswani
+    et al. 2017 and keys as queries; training may change all of them.
+    """
+    position = model.embeddings.position.weight
+    T, D = position.shape
+    # position[t] = 0.1 [sin(t w_k), cos(t w_k)],    w_k = 100^(-2k / D),    k = 0 ... D/2 - 1
+    angle = torch.arange(T)[:, None] * 100 ** (-2 / D * torch.arange(D // 2))
+    position[:, : D // 2 * 2] = 0.1 * torch.cat([angle.sin(), angle.cos()], 1)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        query, key = block.attention.query.weight, block.attention.key.weight
+        # q_t . k_s / sqrt(N) = 8 cos(x_t, x_s) on the average, with |x|^2 = D
+        query.normal_(std=math.sqrt(8 / (D * math.sqrt(D / model.config.num_attention_heads))))
+        key.copy_(query)
 
 
 def fixed_masked_windows(

@@ -24,6 +24,7 @@ from minigpt.mlm import (
     Masking,
     fixed_masked_windows,
     masked_language_model_loss,
+    start_local,
 )
 from minigpt.options import option
 from minigpt.progress import progress_bar
@@ -187,6 +188,7 @@ def _mlm(settings: Pretrain, learned: tuple[str, ...], heldout: tuple[str, ...])
         ),
         head="masked-lm",
     )
+    start_local(model)
     length, size = settings.sequence_length, settings.batch_size
     masking = Masking(tokenizer.special, tokenizer.vocab_size)
     tokens = _join(learned, tokenizer)

@@ -526,6 +526,22 @@ MUTANTS = [
         "test_clipped_update",
     ),
     mutant(
+        "an address that changed is not noticed",
+        HERE,
+        "kernels/clipped_update.py",
+        "if numbers != self.numbers or not all",
+        "if sizes != self.numbers[:n] or not all",
+        "test_clipped_update",
+    ),
+    mutant(
+        "a count of steps that was set in place is not noticed",
+        HERE,
+        "kernels/counts.py",
+        " and not self._written()",
+        "",
+        "test_clipped_update",
+    ),
+    mutant(
         "the window is one token too wide",
         HERE,
         "minigpt/attention.py",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import fresh, read, write, write_each
+from benchmarks.tables import clip_and_update
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,30 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fieldnames"):
         write(path, 2, [*rows("b"), {"another": 1}])
     assert path.read_text() == before
+
+
+def updates(path: Path, kinds: tuple[str, ...]) -> None:
+    """A result file of two rounds: ours takes 2 and 3, fused 4 and 4, foreach 8 and 8 ms."""
+    milliseconds = {"clip + foreach": (8, 8), "clip + fused": (4, 4), "ours": (2, 3)}
+    found = [
+        {"set": "48 x 8K", "side": side, "time": kind, "round": i, "seconds": ms[i] / 1e3}
+        for kind in kinds
+        for i in (0, 1)
+        for side, ms in milliseconds.items()
+    ]
+    write(path, 2, found)
+
+
+def test_a_table_of_the_update_compares_with_the_quickest_side(tmp_path: Path) -> None:
+    updates(tmp_path / "clipped_update_cpu.csv", ("wall",))
+    text = clip_and_update(tmp_path)
+    assert "| 48 x 8K | 8 ms | 4 ms | 2.5 ms | 0.62 | 0.56 to 0.69 |" in text
+    assert "Not measured on a GPU yet" in text
+    assert "| 48 x 64K | 23.4 us | 29.3 us | 67.3 us |" in text  # 64 K x 48 x 32 bytes / 4.3 TB/s
+    updates(tmp_path / "clipped_update_gpu.csv", ("wall", "device"))
+    text = clip_and_update(tmp_path)
+    assert text.count("| 48 x 8K | 8 ms |") == 3
+    assert "Not measured" not in text
 
 
 def test_a_fresh_process_has_its_result_its_error_and_its_threads() -> None:

@@ -74,12 +74,12 @@ def test_knows_masked_tokens_better_than_counting(
     chosen = labels != -100
     assert np.array_equal(labels[chosen], heldout[chosen])
     shown = {"model": evaluate(model, masked_language_model_loss, masked)}
-    for order in (1, 2, 3):
+    for order in (1, 2, 5):
         p = NGram(learned, order, tokenizer.vocab_size).probabilities(heldout)
         shown[f"{order}-gram"] = float(-np.log(p[chosen]).mean())
     shown = {name: round(loss, 4) for name, loss in shown.items()}
     print(f"nats a masked token, {chosen.sum()} of them held out:", shown)
-    assert shown["model"] < shown["1-gram"] - 1.0, shown
+    assert shown["model"] == min(shown.values()), shown
 
 
 @needs_texts
@@ -124,7 +124,6 @@ def test_opens_in_transformers(bundled: tuple[Bert, Tokenizer]) -> None:
     assert torch.allclose(theirs(ids).logits, model(ids), atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_takes_a_classifier(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = Tokenizer.load(find("bundled-bert"))
     model = minigpt.load("bundled-bert", head="classification", num_labels=2)

@@ -3,59 +3,38 @@
 import copy
 import math
 import os
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kernels import ClippedAdamW, ClippedSGD
+from kernels import ClippedAdamW, ClippedSGD, clipped_update
 from kernels.backend import resolve
+from tests import update_checks as checks
+from tests.update_checks import EPS, close, parameters, set_grads, twins
 
-SHAPES = [(7, 5), (3,), (40, 9), (9001,), (0, 3), (1,), (8192,), (2, 8193)]
 BACKENDS = ["torch", "triton"]
-EPS = torch.finfo(torch.float32).eps
-
-
-def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0) -> list[nn.Parameter]:
-    random = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
-
-
-def twins(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def set_grads(step: int, *lists: list[nn.Parameter], size: float = 1.0) -> None:
-    random = torch.Generator().manual_seed(100 + step)
-    for group in zip(*lists, strict=True):
-        grad = size * torch.randn(group[0].shape, generator=random)
-        for p in group:
-            p.grad = grad.clone()
-
-
-def close(ours: list[nn.Parameter], theirs: list[nn.Parameter], ulps: float) -> None:
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=ulps * EPS, atol=ulps * EPS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hundred_steps_are_those_of_torch(backend: str) -> None:
-    ours = parameters([(7, 5), (3,), (11, 9), (0, 3)])
-    theirs = twins(ours)
-    settings = {"lr": 3e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
-    mine = ClippedAdamW(ours, **settings, max_norm=0.7, backend=backend)
-    torchs = torch.optim.AdamW(theirs, **settings)
-    for step in range(100):
-        set_grads(step, ours, theirs, size=0.01 * (1 + step % 20))  # clipped now and then
-        norm = mine.step()
-        expected = nn.utils.clip_grad_norm_(theirs, 0.7)
-        torchs.step()
-        torch.testing.assert_close(norm, expected)
-        assert norm.dim() == 0
-    assert mine.state[ours[0]]["step"].item() == 100
-    close(ours, theirs, ulps=100)
+    checks.many_steps_are_those_of_torch(backend, [(7, 5), (3,), (11, 9), (0, 3)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_error_is_no_larger_than_torchs(backend: str) -> None:
+    checks.a_step_is_as_exact_as_torchs(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend: str) -> None:
+    checks.two_runs_give_the_same_bits(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_moves_is_found(backend: str) -> None:
+    checks.what_moves_is_found(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -83,47 +62,18 @@ def test_a_step_of_adamw_is_the_closed_form(backend: str, clipped: bool) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("c", "size"), [(0.5, 1.0), (0.01, 1e-4), (1e6, 1.0), (math.inf, 1.0)])
+@pytest.mark.parametrize(("c", "size"), checks.BOUNDS)
 def test_a_step_of_sgd_is_the_closed_form_and_no_longer_than_its_bound(
     backend: str, c: float, size: float
 ) -> None:
-    params = parameters()
-    with torch.no_grad():
-        for p in params:
-            p.mul_(size)
-    before = [p.detach().double() for p in params]
-    set_grads(0, params, size=size)
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in params))
-    found = ClippedSGD(params, lr=0.3, max_norm=c, backend=backend).step()
-    assert found.item() == pytest.approx(norm, rel=1e-6)
-    factor = 0.3 / max(1.0, norm / c)
-    moved = 0.0
-    for p, x in zip(params, before, strict=True):
-        expected = x - factor * p.grad.double()
-        torch.testing.assert_close(p.double(), expected, rtol=8 * EPS, atol=8 * EPS * size)
-        moved += (p.double() - x).square().sum().item()
-    assert math.sqrt(moved) <= 0.3 * min(c, norm) * (1 + 1e-5)
+    checks.a_step_of_sgd_is_the_closed_form(backend, c, size)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_norm_that_is_not_finite_changes_nothing(backend: str, kind: type, bad: float) -> None:
-    params = parameters()
-    optimizer = kind(params, lr=1e-2, backend=backend)
-    set_grads(0, params)
-    optimizer.step()
-    before = [p.detach().clone() for p in params]
-    state = copy.deepcopy(optimizer.state_dict()["state"])
-    set_grads(1, params)
-    params[2].grad[3, 4] = bad
-    assert not optimizer.step().isfinite()
-    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
-    for i, entries in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, state[i][name]) for name, value in entries.items())
-    set_grads(2, params)
-    assert optimizer.step().isfinite()
-    assert not torch.equal(params[0], before[0])
+    checks.a_norm_that_is_not_finite_changes_nothing(backend, kind, bad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -222,22 +172,253 @@ def test_a_parameter_without_gradient_stays(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_give_the_same_bits(backend: str) -> None:
-    runs = []
-    for _ in range(2):
-        params = parameters()
-        optimizer = ClippedAdamW(params, 1e-2, max_norm=0.5, backend=backend)
-        for step in range(3):
-            set_grads(step, params)
+def test_a_transposed_gradient_at_the_same_address_is_found(backend: str) -> None:
+    p = nn.Parameter(torch.zeros(3, 3))
+    optimizer = ClippedSGD([p], lr=1.0, max_norm=math.inf, backend=backend)
+    g = torch.arange(9.0).view(3, 3)
+    p.grad = g
+    optimizer.step()
+    p.grad = g.T
+    if backend == "triton":
+        with pytest.raises(ValueError, match=r"contiguous float32 tensors, .* strides \(1, 3\)"):
             optimizer.step()
-        runs.append(params)
-    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+        p.grad = g.T.contiguous()
+    optimizer.step()
+    assert torch.equal(p.detach(), -(g + g.T))
+
+
+def test_a_parameter_cut_at_the_same_address_is_found() -> None:
+    p = nn.Parameter(torch.ones(10))
+    optimizer = ClippedAdamW([p], backend="triton")
+    p.grad = torch.ones(10)
+    optimizer.step()
+    whole, p.grad = p.data, None
+    p.data = p.data[:4]
+    p.grad = torch.ones(4)
+    before = whole.clone()
+    with pytest.raises(ValueError, match=r"\[10\] on cpu beside \[4\] on cpu"):
+        optimizer.step()
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_may_join_later(backend: str) -> None:
+    ours = parameters()
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours[:6], 1e-2, max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(theirs[:6], 1e-2)
+    for step in range(5):
+        set_grads(step, ours, theirs)
+        if step < 2:
+            ours[3].grad = theirs[3].grad = None  # has made fewer steps than the others
+        if step < 3:
+            for p in (*ours[6:], *theirs[6:]):
+                p.grad = None
+        if step == 3:
+            for optimizer, params in ((mine, ours), (torchs, theirs)):
+                optimizer.add_param_group({"params": params[6:], "lr": 3e-2})
+        torch.testing.assert_close(mine.step(), nn.utils.clip_grad_norm_(theirs, 0.5))
+        torchs.step()
+    close(ours, theirs, ulps=50)
+    assert [mine.state[p]["step"].item() for p in (ours[0], ours[3], ours[7])] == [5, 3, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_of_one_size_take_turns(backend: str) -> None:
+    ours = parameters([(5000,)] * 2)
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    for step, turn in enumerate((0, 0, 1, 0, 1, 1, 1)):
+        set_grads(step, ours, theirs)
+        ours[1 - turn].grad = theirs[1 - turn].grad = None
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        torchs.step()
+        close(ours, theirs, ulps=50)
+    assert [mine.state[p]["step"].item() for p in ours] == [3, 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_loaded_between_steps_counts_from_there(backend: str) -> None:
+    ours = parameters()
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    for step in range(6):
+        set_grads(step, ours, theirs)
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        torchs.step()
+        if step == 1:
+            kept = copy.deepcopy(mine.state_dict()), copy.deepcopy(torchs.state_dict())
+        if step == 3:
+            mine.load_state_dict(kept[0])
+            torchs.load_state_dict(kept[1])
+    close(ours, theirs, ulps=50)
+    assert mine.state[ours[2]]["step"].item() == 4
+
+
+def test_a_state_of_torchs_own_keeps_our_clip() -> None:
+    params = parameters()
+    torchs = torch.optim.AdamW(params, 5.0)
+    set_grads(0, params)
+    torchs.step()
+    mine = ClippedAdamW(params, 1e-2, max_norm=0.25)
+    mine.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    assert mine.param_groups[0]["lr"] == 5.0
+    assert mine.param_groups[0]["max_norm"] == 0.25
+    mine.step()
+    other = torch.optim.AdamW(params, amsgrad=True)
+    with pytest.raises(ValueError, match="amsgrad=True, must be False"):
+        mine.load_state_dict(other.state_dict())
+    assert mine.state[params[0]]["step"].item() == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_goes_on_by_itself(backend: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = ClippedAdamW(model.parameters(), 0.1, max_norm=0.5, backend=backend)
+    set_grads(0, [*model.parameters()])
+    optimizer.step()
+    other, twin = copy.deepcopy((model, optimizer))
+    before = [p.detach().clone() for p in model.parameters()]
+    set_grads(1, [*other.parameters()])
+    twin.step()
+    assert all(torch.equal(p, x) for p, x in zip(model.parameters(), before, strict=True))
+    set_grads(1, [*model.parameters()])
+    optimizer.step()
+    close([*other.parameters()], [*model.parameters()], ulps=0)
+    assert optimizer.state[model.weight]["step"].item() == 2
+
+
+def test_any_groups_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel: object) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> object:
+            launched.append(grid)
+            return self.kernel[grid]
+
+    for name in ("squares_kernel", "adamw_kernel"):
+        monkeypatch.setattr(clipped_update, name, Counted(getattr(clipped_update, name)))
+    params = parameters()
+    groups = [{"params": [p], "lr": 0.1 * k} for k, p in enumerate(params)]
+    optimizer = ClippedAdamW(groups, backend="triton")
+    for step in range(3):
+        set_grads(step, params)
+        optimizer.step()
+        assert len(launched) == 2 * (step + 1)
+    assert launched[:2] == [(15,), (15,)]  # programs
+
+
+def test_settings_are_written_where_they_were() -> None:
+    ours = parameters([(5,), (6,)])
+    theirs = twins(ours)
+    groups = [{"params": [p]} for p in ours]
+    mine = ClippedAdamW(groups, 1e-2, max_norm=0.5, backend="triton")
+    set_grads(0, ours)
+    mine.step()
+    tables = mine._tables
+    assert tables is not None
+    where, version = tables.settings.data_ptr(), tables.settings._version
+    mine.step()
+    assert tables.settings._version == version
+    mine.param_groups[1].update(lr=3e-2, max_norm=0.1, betas=(0.0, 0.5), eps=1e-3, weight_decay=0.2)
+    mine.write_settings()
+    assert tables.settings.data_ptr() == where
+    assert tables.settings[1].tolist() == [3e-2, 0.1, 0.0, -math.inf, 0.5, math.log(0.5), 1e-3, 0.2]
+    version = tables.settings._version
+    mine.step()
+    assert tables.settings._version == version
+    ClippedAdamW(theirs).write_settings()  # nothing on the device yet, nothing to do
+
+
+def test_the_tables_are_built_once() -> None:
+    params = parameters()
+    optimizer = ClippedAdamW(params, backend="triton")
+    set_grads(0, params)
+    optimizer.step()
+    tables = optimizer._tables
+    assert tables is not None
+    built = tables.table, tables.chunks
+    for _ in range(2):
+        optimizer.step()
+        assert (tables.table, tables.chunks) == built
+    optimizer.zero_grad()
+    set_grads(1, params)
+    params[0].grad = torch.empty(70)[35:].view(7, 5).copy_(params[0].grad)
+    optimizer.step()
+    assert tables.table is not built[0]
+    assert tables.chunks is built[1]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_threads_move_four_numbers_at_once_where_they_may(offset: int) -> None:
+    ours, theirs = [nn.Parameter(torch.empty(20)[offset : offset + 16]) for _ in range(2)], []
+    with torch.no_grad():
+        for p in ours:
+            p.normal_()
+    theirs = twins(ours)
+    set_grads(0, ours, theirs)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend="triton")
+    mine.step()
+    assert mine._tables is not None
+    assert mine._tables.vector == (1 if offset == 1 else 4)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    nn.utils.clip_grad_norm_(theirs, 0.5)
+    torchs.step()
+    close(ours, theirs, ulps=20)
+
+
+def three_steps(backend: str, compiler: str | None) -> list[torch.Tensor]:
+    """Three norms and the parameters after them, the whole step inside torch.compile or not."""
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 4, generator=random), torch.randn(5, 2, generator=random)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = ClippedAdamW(model.parameters(), 1e-2, max_norm=0.3, backend=backend)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        norm = optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    torch._dynamo.reset()
+    run = torch.compile(step, backend=compiler) if compiler else step
+    return [*(run(x, y) for _ in range(3)), *(p.detach() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_training_function_makes_the_same_steps(backend: str, compiler: str) -> None:
+    pairs = zip(three_steps(backend, compiler), three_steps(backend, None), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=20 * EPS, atol=20 * EPS)
+
+
+def test_a_step_is_not_traced() -> None:
+    params = parameters([(3,)])
+    set_grads(0, params)
+    torch._dynamo.reset()
+    run = torch.compile(ClippedAdamW(params).step, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        run()
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     with pytest.raises(ValueError, match="max_norm is 0"):
         ClippedAdamW(params, max_norm=0)
+    optimizer = ClippedAdamW(params[:2])
+    with pytest.raises(ValueError, match="max_norm is -1"):
+        optimizer.add_param_group({"params": params[2:], "max_norm": -1})
+    assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="no parameter has a gradient"):
         ClippedAdamW(params).step()
     with pytest.raises(ValueError, match=r"backend is 'cuda', must be one of auto, torch, triton"):

@@ -333,6 +333,19 @@ def test_descriptors_are_the_closed_form(
         close(given[name].grad, want, dtype)
 
 
+def test_a_descriptor_is_for_aligned_rows_that_lie_apart() -> None:
+    from kernels.lora_triton import _by_descriptor as described
+
+    x, w, y = (torch.empty(shape, dtype=torch.float16) for shape in ((8, 32), (16, 32), (8, 16)))
+    assert described(x, w, y)
+    assert described(x, torch.empty(32, 16, dtype=torch.float16).T, y)
+    assert not described(x[:1].expand(8, 32), w, y)
+    assert not described(torch.empty(8, 36, dtype=torch.float16)[:, :32], w, y)
+    assert not described(torch.empty(8, 40, dtype=torch.float16)[:, 4:36], w, y)
+    assert not described(x[:, ::2], w[:, :16], y)
+    assert not described(x.float(), w.float(), y.float())
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_compiled_graph_is_whole_and_computes_the_same(backend: str, p: float) -> None:

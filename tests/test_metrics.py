@@ -10,6 +10,7 @@ from minigpt import Tokenizer
 from minigpt.data import read_text
 from minigpt.metrics import (
     Estimate,
+    difference,
     longer_than,
     mean,
     perplexity,
@@ -156,3 +157,16 @@ def test_popular_shares_of_real_texts() -> None:
     sets = [popular_tokens(ids, 100, allowed) for ids in texts]
     found = [popular_share(ids, popular).value for ids in texts for popular in sets]
     assert found == pytest.approx([0.2980, 0.2484, 0.2154, 0.2483], abs=0.0015)
+
+
+def test_the_difference_of_two_shares_is_newcombes() -> None:
+    # Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10
+    for first, second, low, high in (
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+    ):
+        estimate = difference(share(*first), share(*second))
+        assert estimate.low == pytest.approx(low, abs=6e-5)
+        assert estimate.high == pytest.approx(high, abs=6e-5)
+        assert estimate.value == pytest.approx(first[0] / first[1] - second[0] / second[1])

@@ -16,6 +16,7 @@ from minigpt.mlm import (
     Masking,
     fixed_masked_windows,
     masked_language_model_loss,
+    start_local,
 )
 from minigpt.tokenizer import Special
 
@@ -142,6 +143,8 @@ def test_a_window_met_again_is_masked_anew() -> None:
     batches = MaskedWindows(text(63), 64, 1, 0, MASKING)  # there is one long window
     chosen = {tuple((batches(i)["labels"] != -100)[0].tolist()) for i in range(9, 200, 10)}
     assert len(chosen) > 10
+    seeds = [MaskedWindows(text(63), 64, 1, seed, MASKING)(9) for seed in (0, 1)]
+    assert not same(*seeds)
 
 
 @pytest.mark.parametrize("n", [1, 13, 14, 15, 56, 57, 100])
@@ -164,6 +167,36 @@ def test_texts_and_windows_that_are_too_short() -> None:
     for nothing in (text(0), torch.tensor([SPECIAL.last])):
         with pytest.raises(ValueError, match="held-out text has no token to mask"):
             list(fixed_masked_windows(nothing, 16, 1, MASKING))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 2), (128, 4), (30, 3)])
+def test_a_local_start_looks_at_near_tokens(width: int, heads: int) -> None:
+    config = transformers.BertConfig(
+        vocab_size=V,
+        max_position_embeddings=64,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        intermediate_size=64,
+    )
+    torch.manual_seed(0)
+    hf = transformers.BertForMaskedLM(config).eval()
+    model = sibling(hf)
+    start_local(model)
+    theirs = {model.names.from_hf(name): p for name, p in hf.named_parameters()}
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, theirs[n])}
+    parts = ("attention.query.weight", "attention.key.weight")
+    assert moved == {
+        "embeddings.position.weight",
+        *(f"blocks.{i}.{part}" for i in range(2) for part in parts),
+    }
+    hf.load_state_dict({model.names.to_hf(n): p for n, p in model.named_parameters()}, strict=False)
+    hf.set_attn_implementation("eager")
+    attentions = hf(text(256).view(4, 64), output_attentions=True).attentions
+    distance = (torch.arange(64)[:, None] - torch.arange(64)).abs()
+    for weights in attentions:
+        assert (weights * distance).sum(-1).mean() < 0.6 * distance.float().mean()
+        assert weights[..., distance <= 2].mean() > 2 * weights.mean()
 
 
 @pytest.mark.parametrize("loss", [masked_language_model_loss, language_model_loss])

@@ -20,8 +20,8 @@ SETTINGS = {
     """,
     "bert-tales": """
         --objective mlm --vocab-size 2048 --hidden-size 128 --num-layers 4 --num-heads 4
-        --sequence-length 256 --dropout 0 --batch-size 8 --steps 8000 --lr 1e-3
-        --warmup-steps 200 --weight-decay 0.1 --bf16 --dtype float16 --seed 0
+        --sequence-length 256 --dropout 0 --batch-size 8 --steps 6000 --lr 1e-3
+        --warmup-steps 200 --weight-decay 0.01 --bf16 --dtype float16 --seed 0
     """,
 }
 # TinyStories' broken quotation marks mended, then one kind of mark, apostrophe and dash

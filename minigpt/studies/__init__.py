@@ -18,6 +18,8 @@ from minigpt.studies import report as reports
 from minigpt.studies.lab import Lab, Part, Result
 
 STUDIES: Mapping[str, str] = {
+    "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
+    "partial-freezing": "001: attention and embeddings frozen; cost, forgetting, popular tokens",
     "clipping-and-schedule": "an encoder's sentiment, with freezing, clipping and schedule (002)",
 }
 

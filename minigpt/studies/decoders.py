@@ -35,15 +35,15 @@ class Decoder:
         return next(self.model.parameters()).device
 
 
-def load_decoder(source: str) -> Decoder:
-    """The model called `source`.
+def load_decoder(source: str, device: str | None = None) -> Decoder:
+    """The model called `source`, on the GPU where there is one unless `device` says otherwise.
 
     Raises:
         ValueError: it is no decoder, or its tokenizer is another model's.
     """
     directory = find(source)
     tokenizer = Tokenizer.load(directory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(directory, head="causal-lm", device=device)
     assert isinstance(model, GPTNeo)
     tokenizer.check(model.config.vocab_size)

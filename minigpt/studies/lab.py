@@ -25,7 +25,7 @@ from minigpt import runs
 from minigpt.train import Interrupted
 
 Result = dict[str, Any]
-PRELOAD = ["torch", "minigpt.checkpoint", "minigpt.train", "peft_lite"]
+PRELOAD = ["torch", "torch._dynamo", "minigpt.checkpoint", "minigpt.train", "peft_lite"]
 
 
 @dataclass(frozen=True)

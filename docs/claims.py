@@ -1,0 +1,99 @@
+"""The ledger of claims, docs/claims.md, out of the results of the studies in docs/studies.
+
+    python -m docs.claims
+
+Each `results.json` there is what `minigpt study` wrote, with the settings and the machine.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minigpt.studies.claims import CLAIMS, SEEDS
+
+DOCS = Path(__file__).parent
+HEAD = f"""# Claims of the write-ups, measured
+
+What five published experiments say (000 targeted freezing, 001 partial fine-tuning, 002 clipping
+and schedule, 003 overview of methods, 004 survey), and what came out here. Written by
+`python -m docs.claims` from the results in `docs/studies`, each the output of one command.
+
+Intervals hold 95 %. A claim *holds* if the interval excludes the alternative and contains the
+quoted figure, *holds in direction* if it excludes the alternative but not with that figure, *fails*
+on the other side, and is *undecided* otherwise or on fewer than {SEEDS} seeds. Counts are equal or
+not.
+"""
+COLUMNS = ("claim", "quoted", "measured", "verdict", "on", "note")
+TITLES = {
+    "000": "Targeted freezing",
+    "001": "Partial fine-tuning",
+    "002": "Clipping and schedule",
+    "003": "Overview of methods",
+    "004": "Survey",
+}
+
+
+def ledger() -> str:
+    """The page."""
+    runs = sorted((path.parent.name, load(path)) for path in DOCS.glob("studies/*/results.json"))
+    lines = [HEAD]
+    for source, title in TITLES.items():
+        lines += [f"## {source}: {title}", ""]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for key, claim in CLAIMS.items():
+            if claim.source != source:
+                continue
+            found = list(findings(runs, key))
+            if not found:
+                verdict = "cannot be tested here" if claim.why else "undecided"
+                found = [["not measured", verdict, "", claim.why]]
+            for i, cells in enumerate(found):
+                begin = [claim.text, claim.quoted] if i == 0 else ["", ""]
+                lines.append("| " + " | ".join(cell(c) for c in [*begin, *cells]) + " |")
+        lines.append("")
+    lines += ["## The runs", "", "| run | command | machine |", "|---|---|---|"]
+    for name, results in runs:
+        report = f"[{name}](studies/{name}/report.html)"
+        machine = "; ".join(results["machine"].values())
+        lines.append(f"| {report} | `{command(results)}` | {cell(machine)} |")
+    return "\n".join(lines) + "\n"
+
+
+def findings(runs: list[tuple[str, Any]], key: str) -> Iterator[list[str]]:
+    """Measured, verdict, on, note: of every run that says something about the claim."""
+    for name, results in runs:
+        for f in results["findings"]:
+            if f["claim"] == key:
+                where = f"{f['on']} ([{name}](studies/{name}/report.html))"
+                yield [f["measured"], f["verdict"], where, f["note"]]
+
+
+def command(results: Any) -> str:
+    """The command that made the results: every setting that is not a default."""
+    from minigpt.studies import study
+
+    defaults = study(results["study"]).Settings()
+    words = [f"minigpt study {results['study']}"]
+    for name, value in results["settings"].items():
+        if value != getattr(defaults, name, None):
+            flag = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, list) else [value]
+            words += [flag] if value is True else [flag, *map(str, values)]
+    return " ".join(words)
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    page = DOCS / "claims.md"
+    changed = not page.exists() or page.read_text() != ledger()
+    page.write_text(ledger())
+    print(f"claims.md: {'rewritten' if changed else 'as it was'}", file=sys.stderr)

@@ -1,0 +1,45 @@
+"""Measured figures in words: means over seeds, percentages, sides of an alternative."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from minigpt.metrics import Estimate, mean
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean over seeds; of one seed's value nothing is known about its spread."""
+    if len(values) == 1:
+        return Estimate(values[0], -math.inf, math.inf)
+    return mean(values)
+
+
+def shown(estimate: Estimate, form: str = ".3f", unit: str = "") -> str:
+    """`2.650 [2.601, 2.699]`, or the value alone where there is no interval."""
+    value = f"{estimate.value:{form}}{unit}"
+    if math.isinf(estimate.low):
+        return value
+    return f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def percent(estimate: Estimate, unit: str = " %") -> str:
+    """0.25 -> `25.0 % [22.1, 27.9]`."""
+    scaled = Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high)
+    return shown(scaled, ".1f", unit)
+
+
+def side(estimate: Estimate, of: float, above: str, below: str, neither: str) -> str:
+    """One of three wordings: the interval lies above, below, or around the alternative."""
+    if estimate.low > of:
+        return above
+    return below if estimate.high < of else neither
+
+
+def name(source: str) -> str:
+    """Of a model or a text: without its folders."""
+    return Path(source).name
+
+
+def ran_on(model: str, texts: Sequence[str], seeds: int) -> str:
+    """Model, data and number of seeds of a finding."""
+    return ", ".join([name(model), *map(name, texts), f"{seeds} seed{'s' if seeds > 1 else ''}"])

@@ -1,0 +1,41 @@
+"""A tiny decoder, a tiny encoder and a text on disk, for the tests of the studies."""
+
+from pathlib import Path
+
+import torch
+
+import minigpt
+
+WORDS = ["quick", "lazy", "brown", "small", "red", "old"]
+VERBS = ["jumps", "steps", "flies", "rolls"]
+
+
+def base(folder: Path) -> Path:
+    """`folder` with `decoder/`, `encoder/`, `text.txt` and `other.txt`."""
+    lines = [f"The {a} fox {b} over the {c} dog.\n" for a in WORDS for b in VERBS for c in WORDS]
+    other = [f"No {c} cat {b} under an {a} tree!\n" for a in WORDS for b in VERBS for c in WORDS]
+    (folder / "text.txt").write_text("".join(lines))
+    (folder / "other.txt").write_text("".join(other))
+    tokenizer = minigpt.Tokenizer.train([*lines, *other], 300)
+    torch.manual_seed(0)
+    decoder = minigpt.GPTNeoConfig(
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=32,
+        hidden_size=16,
+        num_layers=4,
+        num_heads=2,
+        window_size=8,
+        initializer_range=0.2,
+    )
+    encoder = minigpt.BertConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=12,
+    )
+    minigpt.save(minigpt.GPTNeo(decoder), folder / "decoder")
+    minigpt.save(minigpt.Bert(encoder, "classification", 2), folder / "encoder")
+    tokenizer.save(folder / "decoder")
+    tokenizer.save(folder / "encoder")
+    return folder
