@@ -25,13 +25,8 @@ from minigpt.labelled import balanced, read_labelled, read_parts
 from minigpt.studies import bag_of_words
 from minigpt.studies import clipping_and_schedule as ours
 from minigpt.studies.clipping_and_schedule import ARMS, PUBLISHED, Settings, gather, run
-from minigpt.studies.clipping_and_schedule_findings import (
-    Runs,
-    answer,
-    findings,
-    frozen_of_bert_base,
-    lost,
-)
+from minigpt.studies.clipping_and_schedule_measured import Runs, frozen_of_bert_base, lost
+from minigpt.studies.clipping_and_schedule_report import answer, findings
 from minigpt.studies.encoders import read_rows
 from minigpt.train import Interrupted, Row, TrainConfig
 from tests import bag_of_words as oracle
@@ -120,7 +115,7 @@ class Loop:
         self.found: dict[str, list[float]] = {
             key: [] for key in ("loss", "accuracy", "norm", "mlp", "classifier", "lr", "lost")
         }
-        rows = balanced(test, 8, 0)
+        rows = balanced(read_rows(str(folder / "data"), None, None, 0)[1], 8, 0)
         watched = collate(encode(rows, tokenizer, 20), 0)
         self.accuracies: list[float] = []
         self.model.eval()
@@ -247,6 +242,11 @@ def test_counting_words_agrees_with_the_other_way_to_count() -> None:
     assert 0.75 < mine < 0.85
 
 
+def test_counting_words_knows_which_answer_is_more_frequent() -> None:
+    rows = [("a", 1)] * 9 + [("b", 0)]
+    assert bag_of_words.accuracy(rows, [("never seen", 1), ("a", 1), ("b b b", 0)]).value == 1
+
+
 def test_the_rule_freezes_52_204_032_parameters_of_bert_base() -> None:
     width = 768
     embeddings = (30522 + 512 + 2 + 2) * width
@@ -326,9 +326,9 @@ def test_verdicts_of_invented_runs() -> None:
         "classifier-norm": "holds",
     }
     measured = {f.claim.removeprefix("clipping."): f.measured for f in findings(five)}
-    assert measured["accuracy"].startswith("+5.0 [+5.0, +5.0] points (90.2 % [")
+    assert measured["accuracy"].startswith("5.0 points [5.0, 5.0]: 90.2 % [")
     assert measured["variance"].startswith("0.25 [0.25, 0.25] times")
-    assert measured["mlp-norm"].startswith("below 1 in 100.0% [100.0%, 100.0%]")
+    assert measured["mlp-norm"].startswith("below 1 in 100.0 % [100.0, 100.0]")
     other = told(5, right=[160] * 5, spread=[0.4] * 5, mlp=[1.5] * 5, classifier=[0.5] * 5)
     assert verdicts(other) == counted | dict.fromkeys(
         ("accuracy", "variance", "mlp-norm", "classifier-norm"), "fails"
@@ -352,15 +352,21 @@ def test_the_answer_depends_on_the_numbers() -> None:
     accuracy, variance, measure = answer(told(5))
     assert "90.2 % [" in accuracy
     assert "more than the 85.2 % [" in accuracy
-    assert "above the 75.0 % [" in accuracy
-    assert "is 0.25 times that with neither on the same tensors; clipping" in variance
-    assert "took part in 50% of the steps" in variance
-    assert "all of one class, says 75.0% and 75.0%" in measure
-    assert "say 100% of a model" in measure
+    assert "best arm, schedule at 90.2 %, is above the 75.0 % [" in accuracy
+    assert "is 0.25 [0.25, 0.25] times" in variance
+    assert "tensors, lower; clipping took part in 50 % of the steps" in variance
+    assert "the same 16 test reviews and one class only, ends at 75.0 % and 75.0 %" in measure
+    assert "would give 100 % to a model" in measure
+    accuracy, variance, _ = answer(told(5, right=[120] * 5, spread=[0.4] * 5))
+    assert "fewer than the 85.2 % [" in accuracy
+    assert "best arm, baseline at 85.2 %" in accuracy
+    assert "tensors, higher; clipping" in variance
     accuracy, variance, _ = answer(told(1, right=[120], spread=[0.4]))
-    assert "fewer than the 85.0 % [" in accuracy
-    assert "(-25.0 points, one seed)" in accuracy
+    assert "right, beside the 85.0 % [" in accuracy
+    assert "with none of them (one seed tells nothing apart); the best" in accuracy
     assert "is 4.00 times" in variance
+    mixed = told(2, right=[100, 200], spread=[0.1, 0.4])
+    assert all("seeds do not tell them apart" in text for text in answer(mixed)[:2])
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(

@@ -56,8 +56,8 @@ from minigpt.options import option
 from minigpt.progress import progress_bar
 from minigpt.studies import bag_of_words
 from minigpt.studies import clipping_and_schedule_figures as figures
-from minigpt.studies import clipping_and_schedule_findings as findings
-from minigpt.studies.clipping_and_schedule_findings import Runs
+from minigpt.studies import clipping_and_schedule_report as reports
+from minigpt.studies.clipping_and_schedule_measured import PARTS, Runs
 from minigpt.studies.encoders import (
     EVALUATED,
     Encoder,
@@ -70,6 +70,7 @@ from minigpt.studies.encoders import (
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.probes import GradientNorms
 from minigpt.studies.report import Report
+from minigpt.studies.words import ran_on
 from minigpt.train import Row, TrainConfig, train
 
 TITLE = "Freezing, clipping and a schedule (write-up 002)"
@@ -190,7 +191,7 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
     )
     model = encoder.model
     if arm != "baseline":
-        peft_lite.attach(model, peft_lite.FreezeConfig(freeze=findings.PARTS))
+        peft_lite.attach(model, peft_lite.FreezeConfig(freeze=PARTS))
     sets = {
         "test": _batches(encoder, settings, _watched(settings)),
         "first": _batches(encoder, settings, _first(settings)),
@@ -239,13 +240,13 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
 
 def gather(settings: Settings, results: Mapping[str, Result]) -> Runs:
     """The runs by their arms."""
-    data = "the bundled reviews" if settings.data == "bundled" else Path(settings.data).name
+    data = "bundled reviews" if settings.data == "bundled" else settings.data
     seeds = range(settings.seeds)
     return Runs(
         arms={arm: [results[f"{arm}-{seed}"] for seed in seeds] for arm in ARMS},
         configs={arm: settings.training(arm) for arm in ARMS},
         unread=results["unread"],
-        on=f"{Path(settings.model).name}, {data}, seeds: {settings.seeds}",
+        on=ran_on(settings.model, [data], settings.seeds),
     )
 
 
@@ -254,10 +255,10 @@ def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Repo
     runs = gather(settings, results)
     return Report(
         TITLE,
-        findings.answer(runs),
+        reports.answer(runs),
         figures.draw(runs, settings.evaluate_every, out / "figures"),
-        findings.tables(runs),
-        findings.findings(runs),
+        reports.tables(runs),
+        reports.findings(runs),
     )
 
 

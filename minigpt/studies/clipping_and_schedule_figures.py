@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from minigpt.metrics import share
-from minigpt.studies.clipping_and_schedule_findings import Runs, lost, straight
+from minigpt.studies.clipping_and_schedule_measured import Runs, lost, straight
 from minigpt.studies.figures import FROZEN, FULL, OTHERS, figure, line, marks, smooth
 from minigpt.studies.report import Figure
 from minigpt.train import TrainConfig
