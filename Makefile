@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint kernels bench mutants clean
+.PHONY: demo test lint kernels bench bench-gpu mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
 	$(BIN)/python -m minigpt.demo
@@ -20,6 +20,9 @@ kernels: .venv/test       ## compile every Triton kernel for three GPUs, without
 
 bench: .venv/test         ## measure against the peers, write benchmarks/results/*.csv and the tables
 	$(BIN)/python -m benchmarks
+
+bench-gpu: .venv/test     ## all that a GPU measures, in at most eight minutes, and what is drawn from it
+	$(BIN)/python -m benchmarks.gpu
 
 mutants: .venv/test       ## put faults into the code, one at a time: a test fails for each
 	$(BIN)/python -m tests.mutants

@@ -9,7 +9,9 @@ from pathlib import Path
 from benchmarks.common import RESULTS
 from benchmarks.tables import ROOT
 
-BENCHMARKS = ("training_step", "memory", "methods", "generation", "startup", "clipped_update")
+BENCHMARKS = (
+    "training_step", "memory", "methods", "generation", "startup", "clipped_update", "lora_linear",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import clipped_update
+from benchmarks import clipped_update, lora_tables
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
 from benchmarks.methods import FULL, PEFT
 from benchmarks.startup import TORCH
@@ -278,6 +278,7 @@ def main() -> None:
         text += [f"### {title}", "", table(lines, timed=lines[0].unit == "s"), ""]
     text += ["### Peak memory of training above the imports", ""]
     text += [table(memory(peaks, above_imports=True), timed=False), ""]
+    text += [lora_tables.section(given.out), ""]
     _, method_steps = read(given.out / "methods_step.csv")
     _, method_bytes = read(given.out / "methods_memory.csv")
     text += ["### What each method costs", "", COSTS, "", costs(method_steps, method_bytes)]
@@ -293,7 +294,8 @@ def main() -> None:
         for title, lines in sections.items()
         for x in lines
     ]
-    replace(given.root / "README.md", table(short))
+    replace(given.root / "README.md", f"{table(short)}\n\n{lora_tables.short(given.out)}")
+    lora_tables.plot(given.out, docs / lora_tables.PLOT)
     plot(docs / "benchmarks.png", sections)
 
 

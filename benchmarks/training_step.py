@@ -31,9 +31,9 @@ def measure(directory: Path, method: str, rounds: int) -> list[dict[str, object]
     """The rows of one method."""
     model, handle = our_model(directory, method)
     other = their_model(directory, method)
-    _check_trainable(model, other)
+    check_trainable(model, other)
     if handle is not None and method != "frozen":
-        _copy_adapter(handle.state(), other)
+        copy_adapter(handle.state(), other)
     step = their_step(other)
     rows: list[dict[str, object]] = []
 
@@ -56,13 +56,19 @@ def measure(directory: Path, method: str, rounds: int) -> list[dict[str, object]
     return rows
 
 
-def _check_trainable(ours: nn.Module, theirs: nn.Module) -> None:
+def check_trainable(ours: nn.Module, theirs: nn.Module) -> None:
+    """Both sides train as many parameters.
+
+    Raises:
+        ValueError: they do not.
+    """
     counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
     if counts[0] != counts[1]:
         raise ValueError(f"{counts[0]} parameters train here, {counts[1]} in {THEIRS}")
 
 
-def _copy_adapter(state: dict[str, Tensor], model: Any) -> None:
+def copy_adapter(state: dict[str, Tensor], model: Any) -> None:
+    """Our adapter's weights into a model of peft."""
     import peft
 
     loaded: Any = peft.set_peft_model_state_dict(model, state)

@@ -2,9 +2,12 @@
 
 Routes: "torch" is the autograd Function over torch's products (cuBLAS on a GPU), "triton" the one
 over the kernels here.  A row holds for shapes of about its size on its GPU; a shape without a row
-takes "torch".  No row is here before it was measured, and no GPU has measured one yet.
+takes "torch".  The rows are those of kernels/measured.csv, which benchmarks/routes.py writes; no
+row is there before it was measured.
 """
 
+import csv
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,8 +30,23 @@ class Measured(NamedTuple):
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the kernels
-TABLE: list[Measured] = []  # unmeasured
 NEAR = 2.0  # a row holds for sizes up to this factor away
+
+
+def read(path: Path) -> list[Measured]:
+    """The rows of a table on disk; comment lines name the machine."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    found = []
+    for row in rows:
+        major, minor = map(int, row["capability"].split("."))
+        M, K, N, R = (int(row[size]) for size in "MKNR")
+        dropout = row["dropout"] == "True"
+        found.append(Measured((major, minor), row["dtype"], M, K, N, R, dropout, row["route"]))
+    return found
+
+
+TABLE = read(Path(__file__).with_name("measured.csv"))
 
 
 def route(backend: str, x: Tensor, weight: Tensor, R: int, dropout_p: float) -> str:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels import lora_op, lora_torch, tiles
-from kernels.dispatch import route
+from kernels import dispatch, lora_op, lora_torch, tiles
 from kernels.lora_function import Lora, LoraFunction, products, siblings
 
 
@@ -64,7 +63,7 @@ def lora_linears(
         t is not None and t.requires_grad for t in (rows, *tensors)
     )
     R = sum(len(lora.lora_a) for lora in loras)
-    chosen = route(backend, rows, loras[0].weight, R, dropout_p)
+    chosen = dispatch.route(backend, rows, loras[0].weight, R, dropout_p)
     with torch.autocast(device, enabled=False):
         if not trains and not dropout_p and 0 < len(rows) <= _few(chosen, rows):
             few_rows = products(chosen).few_rows

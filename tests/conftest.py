@@ -2,13 +2,15 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton
+# before anything imports triton: kernels are interpreted, but where `-m gpu` alone is asked for
+if not torch.cuda.is_available() or "gpu" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import transformers
@@ -21,6 +23,12 @@ TOLERANCE = 2e-5  # of the largest magnitude, fp32 through some tens of layers
 
 torch.set_num_threads(1)  # small models: more threads would wait for each other
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    interpreted = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and item.get_closest_marker("gpu"):
+        pytest.skip("kernels are interpreted in this run: python -m pytest -m gpu")
 
 
 def real_data(*parts: str) -> Path:

@@ -10,9 +10,10 @@ from torch import nn
 
 import minigpt
 import peft_lite
-from docs import lines, pictures
+from docs import claims, lines, pictures
 from minigpt import cli, methods, runs
 from minigpt.finetune import Finetune
+from minigpt.studies.claims import CLAIMS
 from tests import closed_forms
 from tests.tiny import gpt_neo
 
@@ -189,3 +190,15 @@ def test_totals_are_those_of_report() -> None:
     for model in sizes().values():
         assert f"({peft_lite.report(model).total:,}" in text
     assert len({page for page, *_ in counts()}) == len(PAGES) - 1  # all but the handle's
+
+
+def test_the_ledger_of_claims_is_that_of_the_results() -> None:
+    page = (ROOT / "docs" / "claims.md").read_text()
+    assert page == claims.ledger(), "run python -m docs.claims"
+    for claim in CLAIMS.values():
+        assert f"| {claims.cell(claim.text)} |" in page
+    for results in (ROOT / "docs").glob("studies/*/results.json"):
+        name = results.parent.name
+        assert f"(studies/{name}/report.html)" in page
+        assert (results.parent / "report.html").exists()
+        assert "/work" not in results.read_text()

@@ -8,7 +8,8 @@ A claim says that a quantity lies on one side of an alternative (a saving is abo
     fails                it lies on the other side of the alternative
     undecided            anything else, too few seeds among them
 
-A count has no interval: it is equal to the quoted one, or not.
+A count has no interval: it is equal to the quoted one, or not.  What is claimed to be about so much
+holds within a factor of two.
 """
 
 from collections.abc import Mapping
@@ -84,6 +85,15 @@ def judge(
         exact = quoted is None or low <= quoted <= high
         return "holds" if exact else "holds in direction"
     return "fails" if high < alternative else "undecided"
+
+
+def about(measured: Estimate, seeds: int, quoted: float) -> str:
+    """The verdict on a claim that a positive quantity is about `quoted`: half of it to twice."""
+    if seeds < SEEDS:
+        return "undecided"
+    if quoted / 2 <= measured.low and measured.high <= 2 * quoted:
+        return "holds"
+    return "fails" if measured.low > 2 * quoted or measured.high < quoted / 2 else "undecided"
 
 
 def count(measured: int, quoted: int) -> str:

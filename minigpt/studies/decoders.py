@@ -16,11 +16,11 @@ from minigpt.data import read_text, split_text
 from minigpt.generate import generate
 from minigpt.gpt_neo import GPTNeo
 from minigpt.metrics import Estimate, popular_share
-from minigpt.source import find
+from minigpt.source import ASSETS, find
 from minigpt.tokenizer import Tokenizer
 
-CARROLL = str(Path(__file__).parents[1] / "assets" / "tales" / "carroll.txt")
-POE = str(Path(__file__).parents[1] / "assets" / "tales" / "poe.txt")
+CARROLL, POE = "bundled-carroll", "bundled-poe"  # the tales in the package
+TALES = {name: ASSETS / "tales" / f"{name.removeprefix('bundled-')}.txt" for name in (CARROLL, POE)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,14 @@ def load_decoder(source: str, device: str | None = None) -> Decoder:
     return Decoder(model, tokenizer)
 
 
+def text_of(source: str) -> str:
+    """The text in a file, or that of a bundled tale."""
+    return read_text(TALES.get(source) or Path(source))
+
+
 def encode(decoder: Decoder, text: str, heldout: float) -> tuple[Tensor, Tensor]:
     """Token ids of the text in a file: the part to train on, and the held-out end of it."""
-    parts = split_text(read_text(Path(text)), heldout)
+    parts = split_text(text_of(text), heldout)
     train, test = (torch.tensor(decoder.tokenizer.encode(part)) for part in parts)
     return train, test
 

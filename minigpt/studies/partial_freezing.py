@@ -84,8 +84,8 @@ class Settings:
     """Of `minigpt study partial-freezing`."""
 
     model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
-    text: str = option("the first text, UTF-8 (default: a bundled tale)", CARROLL)
-    text2: str = option("the second text, UTF-8 (default: another one)", POE)
+    text: str = option("the first text, UTF-8, or a bundled tale", CARROLL)
+    text2: str = option("the second text", POE)
     pretraining_text: str | None = option(
         "what the model was pretrained on (default: what the untouched model writes)", None
     )

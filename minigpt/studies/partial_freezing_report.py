@@ -89,12 +89,12 @@ def answer(found: Measured) -> tuple[str, str, str]:
         f"With attention and embeddings frozen {parts[0]:.1f} % of the parameters train (by the "
         f"literal name test {parts[1]:.1f} %, for it misses the embeddings), training takes "
         f"{percent(memory)} less memory and a step {percent(time)} less time; {stayed}.",
-        f"On {_text(found.settings)} {forgets}: full tuning raises the loss by {shown(less)} nats "
-        f"a token more, having gained {gains[0]:.3f} on the text it learned against "
+        f"On {_text(found.settings)} {forgets}: its loss rises by {shown(less)} nats a token more "
+        f"with full tuning, which gained {gains[0]:.3f} on the text it learned against "
         f"{gains[1]:.3f}.",
-        f"{uses} than the model tuned on the other text does: by {percent(own)} of the tokens it "
-        f"writes; writing takes {shown(over_seeds(found.inference()))} times as long as with the "
-        f"untouched model.",
+        f"{uses} than the model tuned on the other text does, a difference of {percent(own)} of "
+        f"the tokens it writes; writing takes {shown(over_seeds(found.inference()))} times as long "
+        f"as with the untouched model.",
     )
 
 
@@ -109,9 +109,8 @@ def cost_table(found: Measured) -> Table:
         rows.append(
             [
                 arm,
-                f"{one['tensors']}",
                 f"{one['trainable']:,}",
-                f"{100 * one['trainable'] / one['total']:.1f} %",
+                f"{100 * one['trainable'] / one['total']:.1f}",
                 f"{found.memory('optimizer', arm)[0] / 1e6:.2f}",
                 shown(peaks, ".1f"),
                 f"{seconds:.3f}",
@@ -119,7 +118,7 @@ def cost_table(found: Measured) -> Table:
                 f"{one['trained_moved']:.2g}",
             ]
         )
-    columns = ("rule", "tensors", "train", "share", "optimizer, MB", "peak, MB", "seconds a step")
+    columns = ("rule", "train", "share, %", "optimizer, MB", "peak, MB", "seconds a step")
     return Table(
         "What trains, what it costs, what moved",
         (*columns, "frozen moved", "trained moved"),

@@ -68,7 +68,7 @@ class Settings:
     """Of `minigpt study targeted-freezing`."""
 
     model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
-    text: str = option("the text to learn from, UTF-8 (default: a bundled tale)", CARROLL)
+    text: str = option("the text to learn from, UTF-8, or a bundled tale", CARROLL)
     seeds: int = option("runs of each model; verdicts need five", 2)
     steps: int = option("batches", 60)
     batch_size: int = option("windows in a batch", 8)

@@ -146,7 +146,7 @@ def answer(
         f"After {settings.steps} batches of {name(settings.text)} the loss is {frozen:.3f} where "
         f"only query, key and value of the upper blocks train ({part:.2f} % of the parameters) and "
         f"{full:.3f} where everything does, from {fmean(found.first):.3f}: "
-        f"{further}, by {shown(gap)} nats a token.",
+        f"{further}; the gap is {shown(gap)} nats a token.",
         f"With the rest frozen each step moves the key weight of block {one['block']} by "
         f"{shown(norms, '.2f')} times what it does in full training, and the saving of time is "
         f"r = {percent(saving)}.",

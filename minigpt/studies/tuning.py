@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from kernels import ClippedAdamW
 from minigpt.architectures import ARCHITECTURES, outline
-from minigpt.data import RandomWindows, read_text
+from minigpt.data import RandomWindows
 from minigpt.gpt_neo import GPTNeo, GPTNeoConfig
 from minigpt.loss import language_model_loss
 from minigpt.progress import progress_bar
-from minigpt.studies.decoders import Decoder
+from minigpt.studies.decoders import Decoder, text_of
 from minigpt.train import Probe, Row, TrainConfig, train
 
 Rule = Callable[[str], bool]
@@ -62,7 +62,7 @@ def constant_rate(steps: int, lr: float, weight_decay: float) -> TrainConfig:
 
 def token_ids(decoder: Decoder, text: str) -> Tensor:
     """The whole text of a file, (n,)."""
-    return torch.tensor(decoder.tokenizer.encode(read_text(Path(text))))
+    return torch.tensor(decoder.tokenizer.encode(text_of(text)))
 
 
 def check_length(decoder: Decoder, sequence_length: int, tokens: int) -> None:

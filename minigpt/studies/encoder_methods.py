@@ -1,0 +1,90 @@
+"""The methods of `peft_lite` on an encoder with a classifier, and their rates.
+
+Every method trains the classifier too, and the pooler where the checkpoint lacks one (after masked
+language modelling): they start at random, and nothing could be learned through them.  Two more
+stand beside the methods: full tuning, and `classifier`, where these modules train alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+import peft_lite
+from kernels import ClippedAdamW
+from minigpt import methods
+from minigpt.bert import Bert
+from minigpt.classify import classification_loss
+from minigpt.data import Batch
+from minigpt.methods import MethodOptions
+from minigpt.mode import mode
+from minigpt.source import find, read_tensors
+
+FULL, FLOOR = "full", "classifier"
+METHODS = (*methods.NAMES, FLOOR)
+# peak rates for the bundled encoder: python -m minigpt.studies.peft_rates
+LR = {
+    "full": 1e-3,
+    "freeze": 1e-3,
+    "bias": 1e-2,
+    "lora": 5e-3,
+    "dora": 5e-3,
+    "ia3": 2e-2,
+    "bottleneck": 3e-3,
+    "prefix": 1e-2,
+    "prompt": 3e-2,
+    "classifier": 1e-2,
+}
+
+
+def new_modules(source: str) -> list[str]:
+    """What trains under every method: the classifier, and the pooler if the checkpoint of the model
+    called `source` lacks it.
+    """
+    pooled = any("pooler" in name for name in read_tensors(find(source)))
+    return ["head.classifier"] if pooled else ["pooler", "head.classifier"]
+
+
+def attach(model: Bert, method: str, new: Sequence[str]) -> peft_lite.Handle | None:
+    """Puts a method with the command's defaults on the model; None for full tuning.
+
+    Args:
+        new: modules that train whole under each method.
+    """
+    if method == FULL:
+        model.requires_grad_(True)
+        return None
+    if method == FLOOR:
+        return peft_lite.attach(model, peft_lite.FreezeConfig(train=new))
+    config = methods.METHODS[method](MethodOptions(method=method))
+    if method != "freeze":  # which trains all that it does not freeze, these modules too
+        config = replace(config, modules_to_save=new)
+    return peft_lite.attach(model, config)
+
+
+def stepper(model: Bert, batch: Batch) -> Callable[[], None]:
+    """What makes one training step on this batch, from loading it to the update."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ClippedAdamW(trained, lr=1e-6)
+    device = trained[0].device
+    model.train()
+
+    def step() -> None:
+        moved = {name: tensor.to(device) for name, tensor in batch.items()}
+        classification_loss(model, moved).backward()
+        optimizer.step().item()  # as the trainer, which waits for the norm
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.no_grad()
+def positives(model: Bert, batches: Sequence[Batch]) -> list[float]:
+    """The probability of "positive" that the model gives each row."""
+    device = next(model.parameters()).device
+    found: list[float] = []
+    with mode(model, training=False):
+        for batch in batches:
+            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+            found += model(ids, attention_mask=mask).softmax(-1)[:, 1].tolist()
+    return found
