@@ -20,6 +20,7 @@ from minigpt.studies.lab import Lab, Part, Result
 STUDIES: Mapping[str, str] = {
     "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
     "partial-freezing": "001: attention and embeddings frozen; cost, forgetting, popular tokens",
+    "clipping-and-schedule": "002: an encoder with freezing, clipping and a schedule",
     "peft-methods": "003: what each method costs and what it gives, on an encoder",
     "lora-rank": "004: quality of a decoder against the rank of LoRA and the size of the text",
 }

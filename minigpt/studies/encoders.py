@@ -1,17 +1,23 @@
 """What the studies of an encoder share: a model with a classifier on it, and labelled texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from minigpt.architectures import outline, read_config
 from minigpt.bert import Bert
 from minigpt.checkpoint import load
 from minigpt.classify import Example, consecutive_examples, encode
 from minigpt.data import Batch
-from minigpt.labelled import balanced, read_parts
+from minigpt.labelled import Rows, balanced, read_parts
+from minigpt.metrics import Estimate, share
+from minigpt.mode import mode
 from minigpt.source import find
 from minigpt.tokenizer import Tokenizer
+from minigpt.train import Row
 
 EVALUATED = 64  # rows in a batch that is only measured
 
@@ -34,15 +40,51 @@ class Encoder:
         return list(consecutive_examples(self.test, EVALUATED, self.pad))
 
 
+def check_encoder(source: str, length: int) -> None:
+    """Raises ValueError when the model called `source` is no encoder, or cannot read `length`
+    tokens; reads no weight.
+    """
+    directory = find(source)
+    architecture, config, _ = read_config(directory)
+    model = outline(architecture, config, "classification")
+    tokenizer = Tokenizer.load(directory)
+    tokenizer.check(model.config.vocab_size)
+    encode([("", 0)], tokenizer, length)
+    if length > model.max_tokens:
+        raise ValueError(
+            f"--sequence-length is {length}, there are {model.max_tokens} positions for tokens"
+        )
+
+
+def read_rows(
+    data: str, train_rows: int | None, test_rows: int | None, seed: int
+) -> tuple[Rows, Rows]:
+    """The texts of `data` to learn from, and held-out ones, half of each label.
+
+    Args:
+        train_rows: how many, half of each label; None: all there are.
+        test_rows: how many; None: twice those of the rarer label.
+        seed: of the training rows; the test rows are the same for all seeds.
+
+    Raises:
+        ValueError: the data cannot be read or lacks rows.
+    """
+    train, test = read_parts(data)
+    if train_rows is not None:
+        train = balanced(train, train_rows, seed)
+    positives = sum(label for _, label in test)
+    rarer = min(positives, len(test) - positives)
+    return train, balanced(test, 2 * rarer if test_rows is None else test_rows, 0)
+
+
 def load_encoder(
     source: str, data: str, length: int, train_rows: int | None, test_rows: int | None, seed: int
 ) -> Encoder:
     """The model called `source`, and the texts of `data`, cut to `length` tokens.
 
     Args:
-        train_rows, test_rows: how many, half of each label; None: all there are.
-        seed: of the classifier's first weights and of the training rows; the test rows are the
-            same for all seeds.
+        train_rows, test_rows: as in `read_rows`.
+        seed: of the classifier's first weights and of the training rows.
 
     Raises:
         ValueError: the model is no encoder, or the data cannot be read or lacks rows.
@@ -54,11 +96,64 @@ def load_encoder(
     model = load(directory, head="classification", num_labels=2, device=device)
     assert isinstance(model, Bert)
     tokenizer.check(model.config.vocab_size)
-    train, test = read_parts(data)
-    if train_rows is not None:
-        train = balanced(train, train_rows, seed)
-    if test_rows is not None:
-        test = balanced(test, test_rows, 0)
+    train, test = read_rows(data, train_rows, test_rows, seed)
     return Encoder(
         model, tokenizer, encode(train, tokenizer, length), encode(test, tokenizer, length)
     )
+
+
+class Watched:
+    """The batches and the loss of a run that also say what each step shows.
+
+    As a probe (minigpt/train.py) it gives the `accuracy` of the step's own batch, out of the same
+    forward pass with its dropout, and every `every` steps loss and accuracy of some sets of
+    batches, as `test_loss` and `test_accuracy` for a set called `test`.
+    """
+
+    def __init__(
+        self,
+        model: Bert,
+        batches: Callable[[int], Batch],
+        sets: Mapping[str, Sequence[Batch]],
+        every: int,
+    ) -> None:
+        self.model, self.batches, self.sets, self.every = model, batches, sets, every
+        self.step, self.right = 0, 0.0
+
+    def batch(self, i: int) -> Batch:
+        """Batch number i, that of step i + 1."""
+        self.step = i + 1
+        return self.batches(i)
+
+    def loss(self, model: Bert, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats over the rows."""
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        right = logits.detach().argmax(-1) == batch["labels"]
+        self.right = right.float().mean().item()
+        return F.cross_entropy(logits, batch["labels"])
+
+    def before(self) -> Row:
+        return {"accuracy": self.right}
+
+    def after(self) -> Row:
+        row: Row = {}
+        if self.step % self.every == 0:
+            for name, batches in self.sets.items():
+                row[f"{name}_loss"], right = score(self.model, batches)
+                row[f"{name}_accuracy"] = right.value
+        return row
+
+
+@torch.no_grad()
+def score(model: Bert, batches: Sequence[Batch]) -> tuple[float, Estimate]:
+    """Mean cross-entropy in nats over the rows and the share told right, without dropout."""
+    device = next(model.parameters()).device
+    loss, right, n = 0.0, 0, 0
+    with mode(model, training=False):
+        for batch in batches:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+            loss += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
+            right += int((logits.argmax(-1) == batch["labels"]).sum())
+            n += len(logits)
+    return loss / n, share(right, n)
