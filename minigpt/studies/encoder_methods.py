@@ -22,7 +22,7 @@ from minigpt.source import find, read_tensors
 
 FULL, FLOOR = "full", "classifier"
 METHODS = (*methods.NAMES, FLOOR)
-# peak rates for the bundled encoder: python -m minigpt.studies.peft_rates
+# peak rates, first choices for the bundled encoder; peft_rates.py searches for better ones
 LR = {
     "full": 1e-3,
     "freeze": 1e-3,
