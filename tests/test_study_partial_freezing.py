@@ -160,7 +160,10 @@ def test_an_interrupted_part_goes_on_to_the_same_end(
     resumed = study.run(tmp_path, settings(folder), "intended", "text", 0)
     assert asked == [*range(STEPS)]
     for name, value in parts(finished)["intended-text-0"].items():
-        if name != "seconds":
+        if name in ("before", "after"):  # sums of another process, whose memory lies elsewhere
+            assert resumed[name]["popular"] == value["popular"]
+            assert resumed[name]["loss"] == pytest.approx(value["loss"], rel=1e-6)
+        elif name != "seconds":
             assert resumed[name] == value, name
 
 

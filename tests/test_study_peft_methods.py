@@ -19,6 +19,7 @@ from minigpt.cli import main
 from minigpt.studies import peft_methods
 from minigpt.studies.claims import CLAIMS
 from minigpt.studies.encoder_methods import METHODS, attach, new_modules
+from minigpt.studies.encoders import read_rows
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.peft_methods_findings import findings, outcomes, slope, variances
 from minigpt.train import Interrupted
@@ -151,7 +152,10 @@ def test_one_seed_has_one_start_and_one_order_of_batches(finished: Path) -> None
 
 def test_accuracy_is_that_of_the_probabilities(base: Path, finished: Path) -> None:
     lines = (base / "test.jsonl").read_text().splitlines()
-    labels = np.array([json.loads(line)["label"] for line in lines])
+    of_text = {(row := json.loads(line))["text"]: row["label"] for line in lines}
+    _, rows = read_rows(str(base), None, None, 0)  # their order; the labels are the file's
+    labels = np.array([of_text[text] for text, _ in rows])
+    assert len(labels) == len(lines)
     for name, part in parts_of(finished).items():
         if "seed" in name:
             given = np.array(part["positives"])

@@ -67,16 +67,16 @@ class Runs:
         pairs = zip(self.arms["schedule"], self.arms["baseline"], strict=True)
         return [(a["right"] - b["right"]) / self.rows for a, b in pairs]
 
-    def variances(self) -> list[float]:
-        """Logarithm of the variance of the loss with clipping and schedule against that with
+    def variances(self, of: Callable[[Result], float]) -> list[float]:
+        """Logarithm of a variance of the loss with clipping and schedule against that with
         neither, by seeds; the same tensors train in both.
         """
         pairs = zip(self.arms["schedule"], self.arms["freezing"], strict=True)
-        return [math.log(tail_variance(a) / tail_variance(b)) for a, b in pairs]
+        return [math.log(of(a) / of(b)) for a, b in pairs]
 
-    def ratio(self) -> Estimate:
+    def ratio(self, of: Callable[[Result], float]) -> Estimate:
         """Of these variances, the geometric mean over seeds."""
-        found = over_seeds(self.variances())
+        found = over_seeds(self.variances(of))
         if math.isinf(found.low):  # one seed
             return replace(found, value=math.exp(found.value))
         return Estimate(*(math.exp(x) for x in (found.value, found.low, found.high)))
@@ -94,7 +94,7 @@ def straight(config: TrainConfig, t: int) -> float:
 
 
 def tail(values: Sequence[float]) -> Sequence[float]:
-    """The last half, where the fall of the loss is over."""
+    """The last half."""
     return values[len(values) // 2 :]
 
 

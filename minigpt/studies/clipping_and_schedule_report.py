@@ -31,7 +31,8 @@ def findings(runs: Runs) -> list[Finding]:
     rates = {t: f"{PUBLISHED.rate(t):.4g}" for t in QUOTED_RATES}
     mlp = over_seeds(runs.each("schedule", below_one))
     classifier = over_seeds(runs.each("schedule", early_classifier))
-    gain, variance = over_seeds(runs.gains()), over_seeds(runs.variances())
+    gain, variance = over_seeds(runs.gains()), over_seeds(runs.variances(tail_variance))
+    ratio = shown(runs.ratio(tail_variance), ".2f")
     negative, positive = runs.unread["first_negative"], runs.unread["first_positive"]
     on, seeds = runs.on, runs.seeds
     return [
@@ -59,10 +60,11 @@ def findings(runs: Runs) -> list[Finding]:
         ),
         Finding(
             "clipping.variance",
-            f"{shown(runs.ratio(), '.2f')} times that of the same tensors with neither",
+            f"{ratio} times that of the same tensors with neither",
             judge(variance, seeds, 0.0, above=False),
             on,
-            "variance of the training loss over the last half of the steps; geometric mean",
+            "variance of the training loss over the last half of the steps, geometric mean; from "
+            f"step to step, which leaves its fall out, {shown(runs.ratio(jumps), '.2f')} times",
         ),
         Finding(
             "clipping.mlp-norm",
@@ -96,12 +98,13 @@ def answer(runs: Runs) -> list[str]:
     """Three sentences."""
     bag = share(runs.unread["bag_of_words"], runs.rows)
     best = max(runs.arms, key=lambda arm: runs.accuracy(arm).value)
-    gain, variance = over_seeds(runs.gains()), over_seeds(runs.variances())
+    gain, variance = over_seeds(runs.gains()), over_seeds(runs.variances(tail_variance))
     apart = "seeds do not tell them apart" if runs.seeds > 1 else "one seed tells nothing apart"
     better = side(gain, 0.0, "more than", "fewer than", "beside")
     doubt = side(gain, 0.0, "", "", f" ({apart})")
     lower = side(variance, 0.0, ", higher", ", lower", f" ({apart})")
     rank = side(runs.accuracy(best), bag.value, "is above", "is below", "is not told apart from")
+    ratio = shown(runs.ratio(tail_variance), ".2f")
     negative, positive = runs.unread["first_negative"], runs.unread["first_positive"]
     first = negative + positive
     kinds = "both classes" if min(negative, positive) else "one class only"
@@ -111,8 +114,8 @@ def answer(runs: Runs) -> list[str]:
         f"{percent(runs.accuracy('baseline'))} with none of them{doubt}; the best arm, {best} at "
         f"{100 * runs.accuracy(best).value:.1f} %, {rank} the {percent(bag)} of counting words.",
         "The variance of the training loss over the last half of the steps is "
-        f"{shown(runs.ratio(), '.2f')} times that with neither clipping nor schedule on the same "
-        f"tensors{lower}; clipping took part in {100 * runs.clipped('schedule'):.0f} % of the "
+        f"{ratio} times that with neither clipping nor schedule on the same tensors"
+        f"{lower}; clipping took part in {100 * runs.clipped('schedule'):.0f} % of the "
         "steps.",
         f"The course's measure, always the same {first} test reviews and {kinds}, ends at "
         f"{100 * runs.first('schedule'):.1f} % and {100 * runs.first('baseline'):.1f} % for these "
