@@ -104,22 +104,37 @@ def classification_loss(model: Bert, batch: Batch) -> Tensor:
     return F.cross_entropy(_logits(model, batch), batch["labels"])
 
 
-@torch.no_grad()
 def accuracy(model: Bert, batches: Iterable[Batch]) -> Estimate:
     """Share of rows whose largest logit is the label's, with its interval; the mode stays."""
+    logits, labels = predict(model, batches)
+    return share(int((logits.argmax(-1) == labels).sum()), len(labels))
+
+
+@torch.no_grad()
+def predict(model: Bert, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) and labels (n,) of all rows, on the CPU; without dropout, the mode
+    stays.
+    """
     device = next(model.parameters()).device
-    right = n = 0
     with mode(model, training=False):
-        for batch in batches:
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            right += int((_logits(model, batch).argmax(-1) == batch["labels"]).sum())
-            n += len(batch["labels"])
-    return share(right, n)
+        pairs = [
+            (
+                _logits(model, {name: tensor.to(device) for name, tensor in batch.items()}).cpu(),
+                batch["labels"],
+            )
+            for batch in batches
+        ]
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
 
 
 def _logits(model: Bert, batch: Batch) -> Tensor:
     """(B, classes)"""
-    return model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    label, classes = int(batch["labels"].max()), logits.size(-1)
+    if label >= classes:
+        raise ValueError(f"label {label}, the model has {classes} classes: 0 to {classes - 1}")
+    return logits
 
 
 @lru_cache(maxsize=2)  # a batch touches one epoch, or two

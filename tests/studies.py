@@ -1,10 +1,13 @@
 """A tiny decoder, a tiny encoder and a text on disk, for the tests of the studies."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import minigpt
+from minigpt.studies.lab import Part, Result
 
 WORDS = ["quick", "lazy", "brown", "small", "red", "old"]
 VERBS = ["jumps", "steps", "flies", "rolls"]
@@ -39,3 +42,19 @@ def base(folder: Path) -> Path:
     tokenizer.save(folder / "decoder")
     tokenizer.save(folder / "encoder")
     return folder
+
+
+class Here:
+    """Runs parts in this process."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "runs"
+
+    def run(self, parts: Sequence[Part]) -> dict[str, Result]:
+        found = {}
+        for part in parts:
+            folder = self.folder / part.name
+            folder.mkdir(parents=True)
+            result = part.function(folder, *part.arguments)
+            found[part.name] = json.loads(json.dumps(result))
+        return found

@@ -135,6 +135,14 @@ def test_loss_and_gradients_equal_transformers(examples: list[Example]) -> None:
     assert_same_gradients(ours, hf)
 
 
+def test_a_label_beyond_the_classes_is_named(examples: list[Example]) -> None:
+    ours = sibling(hf_bert(transformers.BertForSequenceClassification, vocab_size=120))
+    batch = collate([Example([5, 6], 1), Example([5, 6], 2)], 0)
+    for measured in (classification_loss, lambda model, batch: accuracy(model, [batch])):
+        with pytest.raises(ValueError, match="label 2, the model has 2 classes: 0 to 1"):
+            measured(ours, batch)
+
+
 def test_mean_loss_over_batches_of_unequal_size_is_over_rows(examples: list[Example]) -> None:
     ours = sibling(hf_bert(transformers.BertForSequenceClassification, vocab_size=120))
     by_rows = [classification_loss(ours, b).item() for b in consecutive_examples(examples, 1, 0)]

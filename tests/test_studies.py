@@ -25,6 +25,7 @@ from minigpt.train import TrainConfig
 
 def own_process(folder: Path, value: int) -> dict[str, Any]:
     (folder / "trace").write_text(str(os.getpid()))
+    (folder / "one" / "snapshots").mkdir(parents=True)
     return {"value": value}
 
 
@@ -42,6 +43,7 @@ def test_a_part_runs_once_and_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert found == {"a": {"value": 1}, "b": {"value": 2}}
     pids = [(tmp_path / "runs" / name / "trace").read_text() for name in "ab"]
     assert len({str(os.getpid()), *pids}) == 3
+    assert not list(tmp_path.rglob("snapshots"))
     assert Lab(tmp_path).run([Part("a", wrong), *parts[1:]]) == found
     assert (tmp_path / "runs" / "b" / "trace").read_text() == pids[1]
 

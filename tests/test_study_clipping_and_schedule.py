@@ -22,8 +22,7 @@ import minigpt
 from minigpt.classify import ShuffledExamples, collate, encode
 from minigpt.cli import main
 from minigpt.labelled import balanced, read_labelled, read_parts
-from minigpt.studies import bag_of_words
-from minigpt.studies import clipping_and_schedule as ours
+from minigpt.studies import bag_of_words, training
 from minigpt.studies.clipping_and_schedule import ARMS, PUBLISHED, Settings, gather, run
 from minigpt.studies.clipping_and_schedule_measured import Runs, frozen_of_bert_base, lost
 from minigpt.studies.clipping_and_schedule_report import answer, findings
@@ -385,7 +384,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     expected = run(whole, settings, "delayed", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "progress_bar", stops_after_seven)
+        patch.setattr(training, "progress_bar", stops_after_seven)
         with pytest.raises(Interrupted, match="after step 7 of 20"):
             run(parted, settings, "delayed", 1)
     found = run(parted, settings, "delayed", 1)

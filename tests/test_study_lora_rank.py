@@ -16,10 +16,9 @@ import torch
 import minigpt
 from minigpt import studies
 from minigpt.cli import main
-from minigpt.studies import lora_rank
+from minigpt.studies import lora_rank, training
 from minigpt.studies.claims import CLAIMS
 from minigpt.studies.counts import lora_counts
-from minigpt.studies.lab import Part, Result
 from minigpt.studies.lora_rank_findings import (
     RANKS,
     SHARES,
@@ -31,26 +30,11 @@ from minigpt.studies.lora_rank_findings import (
     reaches,
 )
 from minigpt.train import Interrupted
+from tests.studies import Here
 
 D, L = 8, 2
 OPTIONS = ["--steps", "3", "--batch-size", "2", "--sequence-length", "8", "--seeds", "2"]
 PARTS = [part_name(share, seed) for seed in range(2) for share in SHARES]
-
-
-class Here:
-    """Runs parts in this process."""
-
-    def __init__(self, out: Path) -> None:
-        self.folder = out / "runs"
-
-    def run(self, parts: Sequence[Part]) -> dict[str, Result]:
-        found = {}
-        for part in parts:
-            folder = self.folder / part.name
-            folder.mkdir(parents=True)
-            result = part.function(folder, *part.arguments)
-            found[part.name] = json.loads(json.dumps(result))
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +117,6 @@ def test_one_seed_and_size_has_one_start_and_one_order_of_windows(finished: Path
     for part in PARTS:
         losses = [first(part, arm) for arm in ("full", *map(str, RANKS))]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
-        assert not list((finished / "runs" / part).glob("*/snapshots"))
     assert len({round(first(part, "full"), 6) for part in PARTS}) == len(PARTS)
 
 
@@ -195,7 +178,7 @@ def test_an_interrupted_part_goes_on_to_the_same_result(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = settings(base, steps=4)
-    expected = lora_rank.learn(tmp_path / "whole", own, Fraction(1, 4), 1)
+    expected = lora_rank.run(tmp_path / "whole", own, Fraction(1, 4), 1)
 
     @contextmanager
     def stopping(title: str, *_: object) -> Iterator[Callable[[Any], None]]:
@@ -207,12 +190,12 @@ def test_an_interrupted_part_goes_on_to_the_same_result(
 
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(lora_rank, "progress_bar", stopping)
+        patch.setattr(training, "progress_bar", stopping)
         with pytest.raises(Interrupted):
-            lora_rank.learn(cut, own, Fraction(1, 4), 1)
+            lora_rank.run(cut, own, Fraction(1, 4), 1)
     assert len((cut / "4" / "metrics.jsonl").read_text().splitlines()) == 2
     assert not (cut / "8").exists()
-    assert lora_rank.learn(cut, own, Fraction(1, 4), 1) == expected
+    assert lora_rank.run(cut, own, Fraction(1, 4), 1) == expected
 
 
 def size(means: Sequence[float], before: float = 4.0, noise: float = 1e-3, seeds: int = 5) -> Size:

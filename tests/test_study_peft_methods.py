@@ -4,7 +4,7 @@ import json
 import math
 import pickle
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ import torch
 import minigpt
 from minigpt import studies
 from minigpt.cli import main
-from minigpt.studies import peft_methods
+from minigpt.studies import peft_methods, training
 from minigpt.studies.claims import CLAIMS
 from minigpt.studies.encoder_methods import METHODS, attach, new_modules
 from minigpt.studies.encoders import read_rows
-from minigpt.studies.lab import Part, Result
 from minigpt.studies.peft_methods_findings import findings, outcomes, slope, variances
 from minigpt.train import Interrupted
+from tests.studies import Here
 
 D, L, INNER, POSITIONS = 12, 2, 20, 48
 NEW = D * D + D + 2 * D + 2  # pooler and classifier
@@ -47,22 +47,6 @@ TRAINS = {
     "classifier": 0,
 }
 OPTIONS = ["--steps", "3", "--batch-size", "4", "--sequence-length", "16", "--rounds", "2"]
-
-
-class Here:
-    """Runs parts in this process."""
-
-    def __init__(self, out: Path) -> None:
-        self.folder = out / "runs"
-
-    def run(self, parts: Sequence[Part]) -> dict[str, Result]:
-        found = {}
-        for part in parts:
-            folder = self.folder / part.name
-            folder.mkdir(parents=True)
-            result = part.function(folder, *part.arguments)
-            found[part.name] = json.loads(json.dumps(result))
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +147,6 @@ def test_accuracy_is_that_of_the_probabilities(base: Path, finished: Path) -> No
             assert part["right"] == ((given > 0.5).astype(int) == labels).sum()
             assert part["chance"] == 0.5
             assert 0 < part["fit"] < 5
-            assert not (finished / "runs" / name / "snapshots").exists()
 
 
 def test_each_claim_of_the_write_up_has_a_finding_and_a_page(finished: Path) -> None:
@@ -210,7 +193,7 @@ def test_an_interrupted_part_goes_on_to_the_same_result(
         yield lambda row: signal.raise_signal(signal.SIGINT) if row["step"] == 2 else None
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft_methods, "progress_bar", stopping)
+        patch.setattr(training, "progress_bar", stopping)
         with pytest.raises(Interrupted):
             peft_methods.quality(cut, own, "lora", 1)
     assert len((cut / "metrics.jsonl").read_text().splitlines()) == 2

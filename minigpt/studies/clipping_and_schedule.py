@@ -38,7 +38,6 @@ masked, so this changes the time alone.  The default model and reviews are the b
 rate is one at which so small a model learns.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -53,7 +52,6 @@ from minigpt.config import positive
 from minigpt.data import Batch
 from minigpt.labelled import Rows, balanced, read_parts
 from minigpt.options import option
-from minigpt.progress import progress_bar
 from minigpt.studies import bag_of_words
 from minigpt.studies import clipping_and_schedule_figures as figures
 from minigpt.studies import clipping_and_schedule_report as reports
@@ -63,6 +61,7 @@ from minigpt.studies.encoders import (
     Encoder,
     Watched,
     check_encoder,
+    data_name,
     load_encoder,
     read_rows,
     score,
@@ -70,8 +69,9 @@ from minigpt.studies.encoders import (
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.probes import GradientNorms
 from minigpt.studies.report import Report
+from minigpt.studies.training import learn
 from minigpt.studies.words import ran_on
-from minigpt.train import Row, TrainConfig, train
+from minigpt.train import Row, TrainConfig
 
 TITLE = "Freezing, clipping and a schedule (write-up 002)"
 ARMS = ("baseline", "freezing", "clipping", "schedule", "delayed")
@@ -206,23 +206,15 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
             "classifier": weights["head.classifier.weight"],
         }
     )
-    config = settings.training(arm)
+    config, title = settings.training(arm), f"{arm}, seed {seed}"
     torch.manual_seed(seed)  # of dropout
     tokens = settings.batch_size * settings.sequence_length
-    with progress_bar(f"{arm}, seed {seed}", settings.steps, tokens) as observe:
-        rows = train(
-            model,
-            watched.loss,
-            watched.batch,
-            config,
-            folder,
-            resume=True,
-            observe=observe,
-            probes=[watched, norms],
-        )
+    rows = learn(
+        folder, title, model, watched.loss, watched.batch, config, tokens, [watched, norms]
+    )
     loss, right = score(model, encoder.test_batches())
     _, first_right = score(model, sets["first"])
-    result: Result = {
+    return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total": sum(p.numel() for p in model.parameters()),
         "layer": layer,
@@ -234,19 +226,16 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
         "steps": {name: _column(rows, name) for name in MEASURED},
         "tests": {name: _column(rows, name) for name in TESTED},
     }
-    shutil.rmtree(folder / "snapshots")
-    return result
 
 
 def gather(settings: Settings, results: Mapping[str, Result]) -> Runs:
     """The runs by their arms."""
-    data = "bundled reviews" if settings.data == "bundled" else settings.data
     seeds = range(settings.seeds)
     return Runs(
         arms={arm: [results[f"{arm}-{seed}"] for seed in seeds] for arm in ARMS},
         configs={arm: settings.training(arm) for arm in ARMS},
         unread=results["unread"],
-        on=ran_on(settings.model, [data], settings.seeds),
+        on=ran_on(settings.model, [data_name(settings.data)], settings.seeds),
     )
 
 

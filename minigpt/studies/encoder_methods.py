@@ -5,19 +5,13 @@ language modelling): they start at random, and nothing could be learned through 
 stand beside the methods: full tuning, and `classifier`, where these modules train alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 import peft_lite
-from kernels import ClippedAdamW
 from minigpt import methods
 from minigpt.bert import Bert
-from minigpt.classify import classification_loss
-from minigpt.data import Batch
 from minigpt.methods import MethodOptions
-from minigpt.mode import mode
 from minigpt.source import find, read_tensors
 
 FULL, FLOOR = "full", "classifier"
@@ -60,31 +54,3 @@ def attach(model: Bert, method: str, new: Sequence[str]) -> peft_lite.Handle | N
     if method != "freeze":  # which trains all that it does not freeze, these modules too
         config = replace(config, modules_to_save=new)
     return peft_lite.attach(model, config)
-
-
-def stepper(model: Bert, batch: Batch) -> Callable[[], None]:
-    """What makes one training step on this batch, from loading it to the update."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = ClippedAdamW(trained, lr=1e-6)
-    device = trained[0].device
-    model.train()
-
-    def step() -> None:
-        moved = {name: tensor.to(device) for name, tensor in batch.items()}
-        classification_loss(model, moved).backward()
-        optimizer.step().item()  # as the trainer, which waits for the norm
-        optimizer.zero_grad()
-
-    return step
-
-
-@torch.no_grad()
-def positives(model: Bert, batches: Sequence[Batch]) -> list[float]:
-    """The probability of "positive" that the model gives each row."""
-    device = next(model.parameters()).device
-    found: list[float] = []
-    with mode(model, training=False):
-        for batch in batches:
-            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-            found += model(ids, attention_mask=mask).softmax(-1)[:, 1].tolist()
-    return found

@@ -10,11 +10,10 @@ from torch import Tensor
 from minigpt.architectures import outline, read_config
 from minigpt.bert import Bert
 from minigpt.checkpoint import load
-from minigpt.classify import Example, consecutive_examples, encode
+from minigpt.classify import Example, consecutive_examples, encode, predict
 from minigpt.data import Batch
 from minigpt.labelled import Rows, balanced, read_parts
 from minigpt.metrics import Estimate, share
-from minigpt.mode import mode
 from minigpt.source import find
 from minigpt.tokenizer import Tokenizer
 from minigpt.train import Row
@@ -40,9 +39,14 @@ class Encoder:
         return list(consecutive_examples(self.test, EVALUATED, self.pad))
 
 
-def check_encoder(source: str, length: int) -> None:
+def data_name(data: str) -> str:
+    """Of labelled texts, in words."""
+    return "bundled reviews" if data == "bundled" else data
+
+
+def check_encoder(source: str, length: int, prompt: int = 0) -> None:
     """Raises ValueError when the model called `source` is no encoder, or cannot read `length`
-    tokens; reads no weight.
+    tokens beside a prompt of so many; reads no weight.
     """
     directory = find(source)
     architecture, config, _ = read_config(directory)
@@ -50,9 +54,10 @@ def check_encoder(source: str, length: int) -> None:
     tokenizer = Tokenizer.load(directory)
     tokenizer.check(model.config.vocab_size)
     encode([("", 0)], tokenizer, length)
-    if length > model.max_tokens:
+    if length > (limit := model.max_tokens - prompt):
+        beside = f" beside a prompt of {prompt}" if prompt else ""
         raise ValueError(
-            f"--sequence-length is {length}, there are {model.max_tokens} positions for tokens"
+            f"--sequence-length is {length}, there are {limit} positions for tokens{beside}"
         )
 
 
@@ -144,16 +149,8 @@ class Watched:
         return row
 
 
-@torch.no_grad()
 def score(model: Bert, batches: Sequence[Batch]) -> tuple[float, Estimate]:
     """Mean cross-entropy in nats over the rows and the share told right, without dropout."""
-    device = next(model.parameters()).device
-    loss, right, n = 0.0, 0, 0
-    with mode(model, training=False):
-        for batch in batches:
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
-            loss += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
-            right += int((logits.argmax(-1) == batch["labels"]).sum())
-            n += len(logits)
-    return loss / n, share(right, n)
+    logits, labels = predict(model, batches)
+    right = int((logits.argmax(-1) == labels).sum())
+    return F.cross_entropy(logits, labels).item(), share(right, len(labels))

@@ -5,12 +5,14 @@ OUT/run.json                    the study and its settings
 OUT/runs/PART/metrics.jsonl     one row a step, where the part trains
 OUT/runs/PART/result.json       what the part found, written last
 
-A part that has its result is not run again; one that was interrupted goes on from its snapshot.
+A part that has its result is not run again, and its snapshots are gone; one that was interrupted
+goes on from them.
 """
 
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -92,6 +94,8 @@ def _child(part: Part, path: Path, pipe: Connection) -> None:
     os.setpgrp()  # Ctrl-C reaches the parent, which passes it on once
     try:
         runs.write(path, part.function(path.parent, *part.arguments))
+        for snapshots in [*path.parent.rglob("snapshots")]:
+            shutil.rmtree(snapshots)
         pipe.send(("done", ""))
     except KeyboardInterrupt as stop:
         pipe.send(("interrupted", str(stop) or "interrupted"))

@@ -21,8 +21,8 @@ The write-up is a survey without an experiment; what it counts, LoRA of rank 8 o
 is counted here on such a layer.
 """
 
-import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,14 +37,15 @@ from minigpt.data import RandomWindows, consecutive_windows
 from minigpt.loss import language_model_loss
 from minigpt.methods import MethodOptions
 from minigpt.options import option
-from minigpt.progress import progress_bar
 from minigpt.studies import lora_rank_figures as figures
 from minigpt.studies import lora_rank_findings as findings
 from minigpt.studies.decoders import CARROLL, encode, load_decoder
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.lora_rank_findings import FULL, RANKS, SHARES, part_name
 from minigpt.studies.report import Report
-from minigpt.train import TrainConfig, evaluate, train
+from minigpt.studies.training import learn
+from minigpt.studies.words import ran_on
+from minigpt.train import TrainConfig, evaluate
 
 TITLE = "The rank of LoRA (write-up 004)"
 PUBLISHED = {  # the decoder and text of write-up 001, since 004 names none
@@ -63,7 +64,7 @@ class Settings:
     """The study's settings."""
 
     model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
-    text: str = option("the text to learn from, UTF-8 (default: a bundled tale)", CARROLL)
+    text: str = option("the text to learn from, UTF-8, or a bundled tale", CARROLL)
     seeds: int = option("runs of each rank and size; below five nothing is decided", 5)
     steps: int = option("updates", 30)
     batch_size: int = option("windows in a batch", 4)
@@ -106,7 +107,7 @@ def parts(settings: Settings) -> list[Part]:
         RandomWindows(own, settings.sequence_length, settings.batch_size, 0)
     attach(decoder.model, settings, str(RANKS[0]))
     return [
-        Part(part_name(share, seed), learn, (settings, share, seed))
+        Part(part_name(share, seed), run, (settings, share, seed))
         for seed in range(settings.seeds)
         for share in SHARES
     ]
@@ -126,38 +127,26 @@ def attach(model: nn.Module, settings: Settings, arm: str) -> None:
         peft_lite.attach(model, replace(methods.METHODS["lora"](lora), use_rslora=True))
 
 
-def learn(folder: Path, settings: Settings, share: Fraction, seed: int) -> Result:
+def run(folder: Path, settings: Settings, share: Fraction, seed: int) -> Result:
     """Trains at every rank and fully, on the first `share` of the text."""
     length, size = settings.sequence_length, settings.batch_size
+    decoder = load_decoder(settings.model)
+    learned, left = encode(decoder, settings.text, settings.heldout)
+    batches = RandomWindows(learned[: int(len(learned) * share)], length, size, seed)
+    heldout = list(consecutive_windows(left, length, size))
     losses, trainable = {}, {}
     for arm in (FULL, *map(str, RANKS)):
-        decoder = load_decoder(settings.model)
-        model = decoder.model
-        learned, left = encode(decoder, settings.text, settings.heldout)
-        batches = RandomWindows(learned[: int(len(learned) * share)], length, size, seed)
-        heldout = list(consecutive_windows(left, length, size))
-        if arm == FULL:
-            before = evaluate(model, language_model_loss, heldout)
+        model = deepcopy(decoder.model)
         torch.manual_seed(seed)
         attach(model, settings, arm)
         trainable[arm] = peft_lite.report(model).trainable
         title = f"{'full tuning' if arm == FULL else f'rank {arm}'}, {share} of the text"
-        with progress_bar(title, settings.steps, size * length) as observe:
-            train(
-                model,
-                language_model_loss,
-                batches,
-                settings.training(arm),
-                folder / arm,
-                resume=True,
-                observe=observe,
-            )
+        config = settings.training(arm)
+        learn(folder / arm, title, model, language_model_loss, batches, config, size * length)
         losses[arm] = evaluate(model, language_model_loss, heldout)
-    for arm in losses:
-        shutil.rmtree(folder / arm / "snapshots", ignore_errors=True)
     return {
         "tokens": len(batches.tokens),
-        "before": before,
+        "before": evaluate(decoder.model, language_model_loss, heldout),
         "losses": losses,
         "trainable": trainable,
     }
@@ -166,7 +155,7 @@ def learn(folder: Path, settings: Settings, share: Fraction, seed: int) -> Resul
 def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Report:
     """Tables, figures and verdicts."""
     found = findings.collect(results, settings.seeds)
-    on = f"{settings.model}, {Path(settings.text).name}, {settings.seeds} seeds"
+    on = ran_on(settings.model, [settings.text], settings.seeds)
     return Report(
         TITLE,
         findings.answer(found),

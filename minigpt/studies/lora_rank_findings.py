@@ -10,6 +10,7 @@ from minigpt.studies.claims import SEEDS, Finding, count
 from minigpt.studies.counts import lora_counts
 from minigpt.studies.lab import Result
 from minigpt.studies.report import Table
+from minigpt.studies.words import moves
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (Fraction(1, 16), Fraction(1, 4), Fraction(1))  # of the text's training part
@@ -130,17 +131,8 @@ def answer(found: Found) -> list[str]:
         f"From rank {RANKS[0]} to {RANKS[-1]} the trained parameters grow from "
         f"{100 * size.trainable[RANKS[0]] / size.whole:.2g} to "
         f"{100 * size.trainable[RANKS[-1]] / size.whole:.2g} % of full tuning's, and the loss "
-        f"{moves(change)} nats; fine-tuning at the best rank gains {size.gain:.4g}.",
+        f"{moves(change, ' nats')}; fine-tuning at the best rank gains {size.gain:.4g}.",
     ]
-
-
-def moves(change: Estimate) -> str:
-    """A change in words."""
-    if change.low > 0:
-        return f"rises by {change}"
-    if change.high < 0:
-        return f"falls by {Estimate(-change.value, -change.high, -change.low)}"
-    return f"does not clearly change, by {change}"
 
 
 def findings(found: Found, on: str) -> list[Finding]:

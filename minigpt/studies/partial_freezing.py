@@ -27,7 +27,6 @@ What differs: several seeds; full tuning beside it, which the claims compare wit
 the check that frozen tensors stay are measured, each in a process of its own.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +47,9 @@ from minigpt.studies.decoders import CARROLL, POE, Decoder, load_decoder, sample
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.report import Report
 from minigpt.studies.timing import in_turn
+from minigpt.studies.training import Step
 from minigpt.studies.tuning import (
     Rule,
-    Step,
     check_length,
     constant_rate,
     token_ids,
@@ -198,7 +197,7 @@ def run(folder: Path, settings: Settings, arm: str, own: str, seed: int) -> Resu
     before = measured()
     config = constant_rate(settings.steps, settings.lr, settings.weight_decay)
     rows = tune(folder, decoder, random_windows(texts[own], settings, seed), config)
-    result = {
+    return {
         "tensors": tensors,
         "trainable": trainable(model),
         "total": sum(p.numel() for p in model.parameters()),
@@ -213,8 +212,6 @@ def run(folder: Path, settings: Settings, arm: str, own: str, seed: int) -> Resu
         "frozen_to_the_bit": fingerprint(model) == frozen,
         **moved(decoder, settings.model),
     }
-    shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    return result
 
 
 def moved(decoder: Decoder, source: str) -> Result:
@@ -241,7 +238,7 @@ def peak_memory(folder: Path, settings: Settings, arm: str) -> Result:
     if torch.cuda.is_available():
         torch.cuda.init()  # from here on the GPU's bytes are counted
     before = memory.resident()
-    step = stepper(settings, arm)
+    step = stepper(load_decoder(settings.model), settings, arm)
     for _ in range(MEASURED_STEPS):
         step()
     states = step.optimizer.state.values()
@@ -251,18 +248,18 @@ def peak_memory(folder: Path, settings: Settings, arm: str) -> Result:
 
 def step_times(folder: Path, settings: Settings) -> Result:
     """Seconds of a step under each rule, in turn."""
-    return {"seconds": in_turn({arm: stepper(settings, arm) for arm in RULES}, settings.rounds)}
+    sides = {arm: stepper(load_decoder(settings.model), settings, arm) for arm in RULES}
+    return {"seconds": in_turn(sides, settings.rounds)}
 
 
 def inference(folder: Path, settings: Settings) -> Result:
     """Seconds of sampling from the untouched model and from a tuned one, in turn.  A few updates
     make it: what a model is made of does not depend on how many.
     """
-    step = stepper(settings, "intended")
+    untouched, tuned = (load_decoder(settings.model) for _ in range(2))
+    step = stepper(tuned, settings, "intended")
     for _ in range(MEASURED_STEPS):
         step()
-    untouched = load_decoder(settings.model)
-    tuned = Decoder(step.model, untouched.tokenizer)
     prompts = starts(token_ids(untouched, settings.text), settings.starts, 0)
     seconds = in_turn(
         {
@@ -275,12 +272,12 @@ def inference(folder: Path, settings: Settings) -> Result:
     return {"seconds": seconds, "same_tensors": shapes[0] == shapes[1]}
 
 
-def stepper(settings: Settings, arm: str) -> Step:
+def stepper(decoder: Decoder, settings: Settings, arm: str) -> Step:
     """Steps on the first text."""
-    decoder = load_decoder(settings.model)
     train_only(decoder.model, RULES[arm])
     config = constant_rate(settings.steps, settings.lr, settings.weight_decay)
-    return Step(decoder, random_windows(token_ids(decoder, settings.text), settings, 0), config)
+    batches = random_windows(token_ids(decoder, settings.text), settings, 0)
+    return Step(decoder.model, language_model_loss, batches, config)
 
 
 def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Report:

@@ -38,20 +38,28 @@ import torch
 
 import peft_lite
 from minigpt import memory, methods
+from minigpt.bert import Bert
 from minigpt.checkpoint import save
-from minigpt.classify import ShuffledExamples, classification_loss, consecutive_examples
+from minigpt.classify import ShuffledExamples, classification_loss, consecutive_examples, predict
 from minigpt.config import nearest, positive
-from minigpt.data import Batch
 from minigpt.options import option
-from minigpt.progress import progress_bar
 from minigpt.studies import peft_methods_figures as figures
 from minigpt.studies import peft_methods_findings as findings
-from minigpt.studies.encoder_methods import LR, METHODS, attach, new_modules, positives, stepper
-from minigpt.studies.encoders import EVALUATED, Encoder, load_encoder
+from minigpt.studies.encoder_methods import LR, METHODS, attach, new_modules
+from minigpt.studies.encoders import (
+    EVALUATED,
+    Encoder,
+    check_encoder,
+    data_name,
+    load_encoder,
+    read_rows,
+)
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.report import Report
 from minigpt.studies.timing import in_turn
-from minigpt.train import TrainConfig, evaluate, train
+from minigpt.studies.training import Step, learn
+from minigpt.studies.words import ran_on
+from minigpt.train import TrainConfig, evaluate
 
 TITLE = "Methods of fine-tuning (write-up 003)"
 
@@ -132,12 +140,8 @@ def parts(settings: Settings) -> list[Part]:
             )
     for method in METHODS:
         settings.training(method)
-    limit = settings.encoder(0).model.max_tokens - methods.TOKENS
-    if settings.sequence_length > limit:
-        raise ValueError(
-            f"--sequence-length is {settings.sequence_length}, there are {limit} positions for "
-            f"tokens beside a prompt of {methods.TOKENS}"
-        )
+    check_encoder(settings.model, settings.sequence_length, methods.TOKENS)
+    read_rows(settings.data, settings.train_rows, settings.test_rows, 0)
     todo = [Part(f"cost-{method}", cost, (settings, method)) for method in METHODS]
     todo.append(Part("times", times, (settings,)))
     for seed in range(settings.seeds):
@@ -153,24 +157,21 @@ def quality(folder: Path, settings: Settings, method: str, seed: int) -> Result:
     torch.manual_seed(seed)
     attach(model, method, new_modules(settings.model))
     batches = ShuffledExamples(encoder.train, settings.batch_size, seed, encoder.pad)
-    tokens = settings.batch_size * settings.sequence_length
     config, title = settings.training(method), f"{method}, seed {seed}"
-    with progress_bar(title, settings.steps, tokens) as observe:
-        train(model, classification_loss, batches, config, folder, resume=True, observe=observe)
-    labels = [example.label for example in encoder.test]
-    given = positives(model, encoder.test_batches())
+    tokens = settings.batch_size * settings.sequence_length
+    learn(folder, title, model, classification_loss, batches, config, tokens)
+    logits, labels = predict(model, encoder.test_batches())
+    positives = logits.softmax(-1)[:, 1]
     learned = encoder.train[: len(labels)]
-    result = {
-        "right": sum((p > 0.5) == label for p, label in zip(given, labels, strict=True)),
+    return {
+        "right": int(((positives > 0.5) == labels).sum()),
         "rows": len(labels),
-        "chance": max(labels.count(0), labels.count(1)) / len(labels),
+        "chance": labels.bincount().max().item() / len(labels),
         "fit": evaluate(
             model, classification_loss, consecutive_examples(learned, EVALUATED, encoder.pad)
         ),
-        "positives": [round(p, 5) for p in given],
+        "positives": [round(p, 5) for p in positives.tolist()],
     }
-    shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    return result
 
 
 def cost(folder: Path, settings: Settings, method: str) -> Result:
@@ -180,7 +181,7 @@ def cost(folder: Path, settings: Settings, method: str) -> Result:
     model = encoder.model
     handle = attach(model, method, new_modules(settings.model))
     counts = peft_lite.report(model)
-    step = stepper(model, first_batch(settings, encoder))
+    step = first_batch_again(settings, encoder, model)
     for _ in range(2):  # in the second the optimizer's state is there
         step()
     peak, saved = memory.peak(), folder / "saved"
@@ -202,24 +203,25 @@ def cost(folder: Path, settings: Settings, method: str) -> Result:
 def times(folder: Path, settings: Settings) -> Result:
     """Seconds of a step of each method, in turn on the same batch."""
     encoder = settings.encoder(0)
-    batch, new = first_batch(settings, encoder), new_modules(settings.model)
+    new = new_modules(settings.model)
     sides = {}
     for method in METHODS:
         model = deepcopy(encoder.model)
         attach(model, method, new)
-        sides[method] = stepper(model, batch)
+        sides[method] = first_batch_again(settings, encoder, model)
     return in_turn(sides, settings.rounds)
 
 
-def first_batch(settings: Settings, encoder: Encoder) -> Batch:
-    """What all costs are measured on."""
-    return ShuffledExamples(encoder.train, settings.batch_size, 0, encoder.pad)(0)
+def first_batch_again(settings: Settings, encoder: Encoder, model: Bert) -> Step:
+    """The step that all costs are measured on."""
+    batch = ShuffledExamples(encoder.train, settings.batch_size, 0, encoder.pad)(0)
+    return Step(model, classification_loss, lambda i: batch, TrainConfig(steps=1, lr=1e-6))
 
 
 def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Report:
     """Tables, figures and verdicts."""
     found = findings.outcomes(results, settings.seeds)
-    on = f"{settings.model}, {settings.data}, {settings.seeds} seeds"
+    on = ran_on(settings.model, [data_name(settings.data)], settings.seeds)
     return Report(
         TITLE,
         findings.answer(found),

@@ -12,6 +12,7 @@ from minigpt.studies.encoder_methods import FLOOR, FULL, METHODS
 from minigpt.studies.lab import Result
 from minigpt.studies.report import Table
 from minigpt.studies.timing import ratio
+from minigpt.studies.words import moves, percent
 
 PEFT = tuple(method for method in METHODS if method not in (FULL, FLOOR))
 
@@ -140,26 +141,17 @@ def answer(found: Found) -> list[str]:
     b, a = measured_line(found)
     fit, spread = slope(found, lambda o: o.fit), slope(found, lambda o: o.variance)
     return [
-        f"Full tuning gets {percent(mean(full.accuracy))} % of {full.rows} held-out reviews right, "
-        f"the best of {len(PEFT)} methods, {best}, {percent(mean(found[best].accuracy))} % with "
+        f"Full tuning gets {percent(mean(full.accuracy))} of {full.rows} held-out reviews right, "
+        f"the best of {len(PEFT)} methods, {best}, {percent(mean(found[best].accuracy))} with "
         f"{100 * found[best].r:.2g} % of the parameters, the classifier alone "
-        f"{percent(mean(found[FLOOR].accuracy))} % (chance: {100 * full.chance:.1f} %, "
+        f"{percent(mean(found[FLOOR].accuracy))} (chance: {100 * full.chance:.1f} %, "
         f"{seeds} seeds).",
         f"A step of these methods takes {low:.0f} to {high:.0f} % of full tuning's time for "
         f"{least:.2g} to {most:.2g} % of its parameters, {proportion(found)} times what "
         f"T = r T_full says: the measured line is T / T_full = {a:.2f} + {b:.2f} r.",
-        f"With ten times the parameters the loss on training reviews {moves(fit)} nats, and the "
+        f"With ten times the parameters the loss on training reviews {moves(fit, ' nats')}; the "
         f"variance between seeds of the predicted probability {moves(spread)}.",
     ]
-
-
-def moves(change: Estimate) -> str:
-    """A change in words."""
-    if change.low > 0:
-        return f"rises by {change}"
-    if change.high < 0:
-        return f"falls by {Estimate(-change.value, -change.high, -change.low)}"
-    return f"changes by {change}, which is no clear change,"
 
 
 def findings(found: Found, on: str) -> list[Finding]:
@@ -189,7 +181,7 @@ def findings(found: Found, on: str) -> list[Finding]:
         ),
         Finding(
             "methods.accuracy",
-            f"full tuning leads by {percent(leads[nearest])} points over the best, {nearest}",
+            f"full tuning leads by {percent(leads[nearest], ' points')} over the best, {nearest}",
             all_of(verdicts),
             on,
             f"The lead is clear over {clear} of {len(PEFT)} methods; each is compared at 95 %.",
@@ -211,7 +203,7 @@ def findings(found: Found, on: str) -> list[Finding]:
         ),
         Finding(
             "methods.cost",
-            f"{percent(gain(found))} points more than full tuning's, mean of {len(PEFT)} methods",
+            f"{percent(gain(found), ' points')} above full tuning's, mean of {len(PEFT)} methods",
             judge(gain(found), seeds, 0.0, above=True),
             on,
             "Accuracy above chance over T / T_full: what is no better than guessing is worth "
@@ -235,7 +227,7 @@ def tables(found: Found, rates: Mapping[str, float]) -> list[Table]:
             f"{o.trainable:,}",
             f"{100 * o.r:.3g}",
             f"{rates[method]:g}",
-            percent(mean(o.accuracy)),
+            percent(mean(o.accuracy), ""),
             wilson(o),
             f"{100 * stdev(o.accuracy):.1f}",
             f"{mean(o.fit)}",
@@ -253,7 +245,7 @@ def tables(found: Found, rates: Mapping[str, float]) -> list[Table]:
             f"{o.before / 1e6:.0f}",
             f"{o.peak / 1e6:.0f}",
             f"{o.file / 1e3:,.0f}",
-            percent(mean(o.worth)),
+            percent(mean(o.worth), ""),
         ]
         for method, o in found.items()
     ]
@@ -278,11 +270,6 @@ def tables(found: Found, rates: Mapping[str, float]) -> list[Table]:
             "Worth: accuracy above chance over T / T_full.",
         ),
     ]  # fmt: skip
-
-
-def percent(estimate: Estimate) -> str:
-    """In hundredths."""
-    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def wilson(outcome: Outcome) -> str:

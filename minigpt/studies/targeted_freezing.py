@@ -21,7 +21,6 @@ p moves by some points of its own: `fresh`); times taken in turn, besides the su
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 from minigpt.config import positive
 from minigpt.data import RandomWindows
 from minigpt.gpt_neo import GPTNeo
+from minigpt.loss import language_model_loss
 from minigpt.metrics import popular_tokens
 from minigpt.options import option
 from minigpt.snapshot import fingerprint
@@ -38,9 +38,9 @@ from minigpt.studies.lab import Part, Result
 from minigpt.studies.probes import WeightChange
 from minigpt.studies.report import Report
 from minigpt.studies.timing import Seconds, in_turn
+from minigpt.studies.training import Step
 from minigpt.studies.tuning import (
     Rule,
-    Step,
     check_length,
     constant_rate,
     token_ids,
@@ -148,7 +148,7 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
         constant_rate(settings.steps, settings.lr, settings.weight_decay),
         [WeightChange(key.weight)],
     )
-    result = {
+    return {
         "start": start,
         "tensors": tensors,
         "trainable": trainable(model),
@@ -162,8 +162,6 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
         "after": p(seed),
         "text": sum(token in popular for token in ids.tolist()) / len(ids),
     }
-    shutil.rmtree(folder / "snapshots", ignore_errors=True)
-    return result
 
 
 def times(folder: Path, settings: Settings) -> Result:
@@ -175,7 +173,7 @@ def times(folder: Path, settings: Settings) -> Result:
         train_only(decoder.model, rule(decoder.model, arm))
         ids = token_ids(decoder, settings.text)
         batches = RandomWindows(ids, settings.sequence_length, settings.batch_size, 0)
-        sides[arm] = Step(decoder, batches, config)
+        sides[arm] = Step(decoder.model, language_model_loss, batches, config)
     seconds: Seconds = in_turn(sides, settings.rounds)
     return {"seconds": seconds}
 

@@ -4,22 +4,19 @@ AdamW at a constant rate and without clipping.
     theta_i <- theta_i - eta AdamW(g)_i    for i in the chosen set;    all other theta_i stay
 """
 
-import math
 from collections.abc import Callable, Sequence
-from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from kernels import ClippedAdamW
 from minigpt.architectures import ARCHITECTURES, outline
 from minigpt.data import RandomWindows
 from minigpt.gpt_neo import GPTNeo, GPTNeoConfig
 from minigpt.loss import language_model_loss
-from minigpt.progress import progress_bar
 from minigpt.studies.decoders import Decoder, text_of
-from minigpt.train import Probe, Row, TrainConfig, train
+from minigpt.studies.training import learn
+from minigpt.train import Probe, Row, TrainConfig
 
 Rule = Callable[[str], bool]
 
@@ -85,36 +82,5 @@ def tune(
 ) -> list[Row]:
     """Trains what requires a gradient; what an interrupted part has done is not done again."""
     torch.manual_seed(batches.seed)  # of dropout: the same for all models of one seed
-    tokens = batches.batch_size * batches.length
-    with progress_bar(folder.name, config.steps, tokens) as observe:
-        return train(
-            decoder.model,
-            language_model_loss,
-            batches,
-            config,
-            folder,
-            resume=True,
-            observe=observe,
-            probes=probes,
-        )
-
-
-class Step:
-    """A training step without records, whose time and memory can be taken."""
-
-    def __init__(self, decoder: Decoder, batches: RandomWindows, config: TrainConfig) -> None:
-        self.model, self.device, self.batches = decoder.model.train(), decoder.device, batches
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = ClippedAdamW(
-            trained, config.lr, max_norm=math.inf, weight_decay=config.weight_decay
-        )
-        self.numbers = count()
-
-    def __call__(self) -> None:
-        batch = self.batches(next(self.numbers))
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        language_model_loss(self.model, batch).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    model, tokens = decoder.model, batches.batch_size * batches.length
+    return learn(folder, folder.name, model, language_model_loss, batches, config, tokens, probes)

@@ -35,6 +35,15 @@ def side(estimate: Estimate, of: float, above: str, below: str, neither: str) ->
     return below if estimate.high < of else neither
 
 
+def moves(change: Estimate, unit: str = "") -> str:
+    """What a figure does: rise, fall, or neither clearly."""
+    if change.low > 0:
+        return f"rises by {change}{unit}"
+    if change.high < 0:
+        return f"falls by {Estimate(-change.value, -change.high, -change.low)}{unit}"
+    return f"changes by {change}{unit}, not clearly"
+
+
 def name(source: str) -> str:
     """Of a model or a text: without its folders."""
     return Path(source).name
