@@ -157,7 +157,11 @@ def test_what_is_missing_of_a_study_is_run_again(
 
 
 def invented(
-    frozen: float = 3.0, inverse: float = 2.01, change: float = 2.0, step: float = 0.75
+    frozen: float = 3.0,
+    inverse: float = 2.01,
+    change: float = 2.0,
+    step: float = 0.75,
+    before: float = 0.4,
 ) -> dict[str, Any]:
     """Results of five seeds: full training falls from 4 to 2, in steps of one second."""
     results: dict[str, Any] = {}
@@ -174,8 +178,8 @@ def invented(
                 "loss": [4.0, 3.0, end + noise * (1 + i)],
                 "weight_change": [0.5 * (change + noise if arm == "frozen" else 1)] * 3,
                 "seconds": 3.0,
-                "before": 0.4,
-                "fresh": 0.4 + noise,
+                "before": before,
+                "fresh": before + noise,
                 "after": 0.5,
                 "text": 0.6,
             }
@@ -190,13 +194,14 @@ VERDICTS = {
     "as published": (
         {"frozen": 4 - 1.13 - 0.004},
         {"loss": "holds", "loss-falls": "holds", "norm": "holds", "time": "holds",
-         "inverse-loss": "holds"},
+         "popular": "fails", "inverse-loss": "holds"},
     ),
     "in direction": (
         {"step": 0.5, "inverse": 2.5},
         {"loss-falls": "holds in direction", "time": "holds in direction",
          "inverse-loss": "fails"},
     ),
+    "no popular token is drawn": ({"before": 0.0}, {"popular": "undecided"}),
     "the other way round": (
         {"frozen": 1.5, "inverse": 1.5, "change": 0.5, "step": 1.5},
         {"loss": "fails", "norm": "fails", "time": "fails", "inverse-loss": "fails"},

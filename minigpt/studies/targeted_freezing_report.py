@@ -237,6 +237,7 @@ def findings(
     ends = f"{fmean(found.first):.3f} to {fmean(found.final['frozen']):.3f}"
     before = [100 * r["before"] for arm in ARMS for r in runs[arm]]
     fresh = [100 * r["fresh"] for arm in ARMS for r in runs[arm]]
+    same = _same_before(runs)  # which 0 % tells nothing about
     rounds = len(found.savings)
     return [
         *counts(),
@@ -258,8 +259,8 @@ def findings(
         Finding(
             "freezing.popular",
             f"{min(before):.1f} to {max(before):.1f} % over seeds, the same for all models"
-            if _same_before(runs) else "equal weights sample different tokens",
-            "fails" if _same_before(runs) else "holds", on,
+            if same else "equal weights sample different tokens",
+            ("fails" if max(before) > 0 else "undecided") if same else "holds", on,
             "equal weights with equal starts give equal samples; with other starts each time p "
             f"is {min(fresh):.1f} to {max(fresh):.1f} %: the difference is that of the draws"),
         Finding(
