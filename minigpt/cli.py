@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name = given.pop("name")
                 command, (kind, run) = f"study {name}", studies.command(name)
                 if given.pop("published"):
-                    given = {**studies.study(name).PUBLISHED, **given}
+                    given = studies.published(name, given)
             else:
                 kind, run = RUNS[command]
             settings: Any = runs.settle(kind, command, given, out, resume)

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from minigpt.cli import main
 from minigpt.metrics import Estimate
+from minigpt.studies import STUDIES, published, study
 from minigpt.studies.claims import CLAIMS, Finding, count, judge
 from minigpt.studies.figures import FROZEN, FULL, figure, line, smooth
 from minigpt.studies.lab import Lab, Part
@@ -163,6 +165,24 @@ def test_a_report_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     assert results["parts"] == {"a": {"value": 1}}
     assert results["findings"][0]["measured"] == "20 % [18, 22]"
     assert results["settings"]["steps"] == 3
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_published_settings_ask_for_a_model_and_texts(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module: Any = study(name)
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", name, "--published", "--model", "/no/folder", "--out", str(tmp_path / "a")])
+    texts = [source for source in module.SOURCES if source != "model"]
+    flags = " ".join(f"--{text}" for text in texts)
+    assert f"--published needs {flags} too; the write-up has" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    given = dict.fromkeys(module.SOURCES, "mine")
+    chosen = module.Settings(**published(name, {**given, "steps": 3}))
+    want = {**module.PUBLISHED, **given, "steps": 3}
+    assert {key: getattr(chosen, key) for key in want} == want
+    assert module.PUBLISHED["batch_size"] in (16, 64)
 
 
 def test_smooth_is_the_mean_of_what_came_before() -> None:

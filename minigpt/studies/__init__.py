@@ -2,9 +2,9 @@
 
     minigpt study NAME --out DIR
 
-A study is a module with `Settings`, `PUBLISHED` (the settings of the write-up), `parts(settings)`,
-which says what is to be run, and `report(settings, results, out)`, which draws the figures and
-says what the results mean.
+A study is a module with `Settings`, `PUBLISHED` (those of the write-up), `SOURCES` (its model and
+texts, which whoever runs it has to bring), `parts(settings)`, which says what is to be run, and
+`report(settings, results, out)`, which draws the figures and says what the results mean.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +31,7 @@ class Study(Protocol):
 
     TITLE: str
     PUBLISHED: Mapping[str, Any]
+    SOURCES: Mapping[str, str]
     Settings: type
 
     def parts(self, settings: Any) -> Sequence[Part]: ...
@@ -42,6 +43,20 @@ def study(name: str) -> Study:
     """The module of a study."""
     module: Any = import_module(f"minigpt.studies.{name.replace('-', '_')}")
     return module
+
+
+def published(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and the write-up's settings for the rest.
+
+    Raises:
+        ValueError: a model or text is not given; what the write-up used is not fetched unasked.
+    """
+    module = study(name)
+    if lacking := [source for source in module.SOURCES if source not in given]:
+        flags = " ".join(f"--{source}" for source in lacking)
+        used = ", ".join(module.SOURCES[source] for source in lacking)
+        raise ValueError(f"--published needs {flags} too; the write-up has {used}")
+    return {**module.PUBLISHED, **given}
 
 
 def command(name: str) -> tuple[type, Callable[[Any, Path, bool], dict[str, object]]]:

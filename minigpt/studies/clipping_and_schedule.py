@@ -130,9 +130,8 @@ class Settings:
         )
 
 
+SOURCES = {"model": "bert-base-uncased", "data": "the IMDB reviews"}
 PUBLISHED = {
-    "model": "bert-base-uncased",
-    "data": "imdb",
     "steps": 300,
     "batch_size": 64,
     "sequence_length": 512,

@@ -48,9 +48,9 @@ from minigpt.studies.words import ran_on
 from minigpt.train import TrainConfig, evaluate
 
 TITLE = "The rank of LoRA (write-up 004)"
-PUBLISHED = {  # the decoder and text of write-up 001, since 004 names none
-    "model": "EleutherAI/gpt-neo-125m",
-    "text": "alice.txt",
+# those of write-up 001, since 004 names none
+SOURCES = {"model": "EleutherAI/gpt-neo-125m", "text": "Alice (Gutenberg 11)"}
+PUBLISHED = {
     "steps": 476,
     "batch_size": 16,
     "sequence_length": 256,

@@ -60,6 +60,11 @@ from minigpt.studies.tuning import (
 from minigpt.train import evaluate
 
 TITLE = "Partial fine-tuning: attention and embeddings frozen"
+SOURCES = {
+    "model": "EleutherAI/gpt-neo-125m",
+    "text": "Alice (Gutenberg 11)",
+    "text2": "Poe's second volume (Gutenberg 2148)",
+}
 PUBLISHED: Mapping[str, Any] = {
     "steps": 476,
     "batch_size": 16,

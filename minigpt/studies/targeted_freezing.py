@@ -50,6 +50,7 @@ from minigpt.studies.tuning import (
 )
 
 TITLE = "Targeted freezing: query, key and value of the upper blocks"
+SOURCES = {"model": "EleutherAI/gpt-neo-125m", "text": "Moby-Dick (Gutenberg 2701)"}
 PUBLISHED: Mapping[str, Any] = {
     "steps": 474,
     "batch_size": 16,
