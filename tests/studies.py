@@ -1,12 +1,20 @@
-"""A tiny decoder, a tiny encoder and a text on disk, for the tests of the studies."""
+"""For the tests of the studies: tiny models and texts on disk, parts run here, parts stopped, and
+commands refused.
+"""
 
 import json
-from collections.abc import Sequence
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import minigpt
+from minigpt.cli import main
 from minigpt.studies.lab import Part, Result
 
 WORDS = ["quick", "lazy", "brown", "small", "red", "old"]
@@ -58,3 +66,30 @@ class Here:
             result = part.function(folder, *part.arguments)
             found[part.name] = json.loads(json.dumps(result))
         return found
+
+
+def stopping(step: int, begin: str = "") -> Callable[..., Any]:
+    """In place of a progress bar: sends SIGINT after a step of the runs whose title so begins."""
+
+    @contextmanager
+    def bar(title: str, *_: object) -> Iterator[Callable[[dict[str, float]], None]]:
+        def stop(row: dict[str, float]) -> None:
+            if row["step"] == step and title.startswith(begin):
+                signal.raise_signal(signal.SIGINT)
+
+        yield stop
+
+    return bar
+
+
+def refused(
+    arguments: list[str], reason: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command gives the reason in one line, with exit status 2, and leaves nothing."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    printed, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed == ""
+    assert re.fullmatch(rf"minigpt: error: [^\n]*{re.escape(reason)}[^\n]*\n", err), err
+    assert not out.exists()

@@ -5,11 +5,8 @@ it says of bad input.
 import gzip
 import json
 import math
-import os
 import re
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ from minigpt.studies.clipping_and_schedule import ARMS, PUBLISHED, Settings, gat
 from minigpt.studies.clipping_and_schedule_measured import Runs, frozen_of_bert_base, lost
 from minigpt.studies.clipping_and_schedule_report import answer, findings
 from minigpt.studies.encoders import read_rows
-from minigpt.train import Interrupted, Row, TrainConfig
+from minigpt.train import Interrupted, TrainConfig
 from tests import bag_of_words as oracle
+from tests.studies import refused, stopping
 
 NAME = "clipping-and-schedule"
 STEPS, SIZE, CLIP, RATE, DELAY = 20, 4, 0.7, 3e-3, 7
@@ -384,7 +382,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     expected = run(whole, settings, "delayed", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "progress_bar", stops_after_seven)
+        patch.setattr(training, "progress_bar", stopping(7))
         with pytest.raises(Interrupted, match="after step 7 of 20"):
             run(parted, settings, "delayed", 1)
     found = run(parted, settings, "delayed", 1)
@@ -392,15 +390,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         assert found.pop(timed) != expected.pop(timed)
     assert found == expected
     assert len(found["tests"]["test_loss"]) == STEPS // 5
-
-
-@contextmanager
-def stops_after_seven(title: str, steps: int, tokens: int) -> Iterator[Any]:
-    def observe(row: Row) -> None:
-        if row["step"] == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    yield observe
 
 
 def one_class(data: Path) -> None:
@@ -443,8 +432,7 @@ def test_bad_data_is_one_line_and_nothing_written(
     for name in ("train.jsonl", "test.jsonl"):
         (data / name).write_text((folder / "data" / name).read_text())
     break_it(data)
-    refused(command(folder, out, "--data", str(data)), message, capsys)
-    assert not out.exists()
+    refused(command(folder, out, "--data", str(data)), message, out, capsys)
 
 
 @pytest.mark.parametrize(
@@ -470,15 +458,5 @@ def test_bad_data_is_one_line_and_nothing_written(
 def test_bad_settings_are_one_line_and_nothing_written(
     more: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(command(folder, tmp_path / "out", *more), message, capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("minigpt: error: ")
-    assert error.count("\n") == 1
+    out = tmp_path / "out"
+    refused(command(folder, out, *more), message, out, capsys)

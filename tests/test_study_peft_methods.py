@@ -3,9 +3,6 @@
 import json
 import math
 import pickle
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from minigpt.studies.encoder_methods import METHODS, attach, new_modules
 from minigpt.studies.encoders import read_rows
 from minigpt.studies.peft_methods_findings import findings, outcomes, slope, variances
 from minigpt.train import Interrupted
-from tests.studies import Here
+from tests.studies import Here, refused, stopping
 
 D, L, INNER, POSITIONS = 12, 2, 20, 48
 NEW = D * D + D + 2 * D + 2  # pooler and classifier
@@ -188,12 +185,8 @@ def test_an_interrupted_part_goes_on_to_the_same_result(
     own = settings(base, steps=5)
     expected = peft_methods.quality(whole, own, "lora", 1)
 
-    @contextmanager
-    def stopping(*_: object) -> Iterator[Any]:
-        yield lambda row: signal.raise_signal(signal.SIGINT) if row["step"] == 2 else None
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "progress_bar", stopping)
+        patch.setattr(training, "progress_bar", stopping(2))
         with pytest.raises(Interrupted):
             peft_methods.quality(cut, own, "lora", 1)
     assert len((cut / "metrics.jsonl").read_text().splitlines()) == 2
@@ -320,15 +313,3 @@ def test_models_and_data_of_the_wrong_kind(
     for part in ("train", "test"):
         (data / f"{part}.jsonl").write_text('{"text": "good", "label": 1}\n' * 4)
     refused(command(base, out, "--data", str(data)), "all 4 rows are positive", out, capsys)
-
-
-def refused(
-    arguments: list[str], message: str, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    (line,) = (
-        text for text in capsys.readouterr().err.splitlines() if text.startswith("minigpt: error")
-    )
-    assert message in line
-    assert not out.exists()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from studies import base
+from studies import base, refused
 
 import minigpt
 from minigpt.cli import main
@@ -79,7 +78,7 @@ def test_what_trains_and_what_is_left_behind(finished: Path) -> None:
     verdicts = json.loads((finished / "summary.json").read_text())
     assert verdicts["claim freezing.count"] == "holds"
     assert verdicts["claim freezing.inverse-count"] == "holds"
-    assert verdicts["claim freezing.popular"] == "fails"
+    assert verdicts["claim freezing.popular"] == "undecided"  # it draws none
     assert verdicts["claim freezing.loss"] == "undecided"  # one seed
 
 
@@ -240,7 +239,7 @@ def test_the_published_settings() -> None:
 
 
 REFUSED = {
-    "an encoder": (["--model", "ENCODER"], "causal-lm.*Bert"),
+    "an encoder": (["--model", "ENCODER"], "causal-lm"),
     "no model": (["--model", "/no/such/folder"], "no such model directory"),
     "no text": (["--text", "/no/such/text"], "cannot read the text"),
     "more popular tokens than there are": (["--popular", "299"], "k is 299, the text has"),
@@ -258,10 +257,5 @@ def test_what_is_refused_leaves_nothing(
     more: list[str], reason: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [str(folder / "encoder") if word == "ENCODER" else word for word in more]
-    with pytest.raises(SystemExit) as stopped:
-        main(command(folder, tmp_path / "run", *more))
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert out == ""
-    assert re.fullmatch(rf"minigpt: error: [^\n]*{reason}[^\n]*\n", err), err
-    assert list(tmp_path.iterdir()) == []
+    out = tmp_path / "run"
+    refused(command(folder, out, *more), reason, out, capsys)
