@@ -1,6 +1,7 @@
 """The documentation against the code: line numbers, examples, links, counts."""
 
 import re
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 import minigpt
 import peft_lite
 from docs import claims, lines, pictures
-from minigpt import cli, methods, runs
+from minigpt import cli, methods, runs, studies
 from minigpt.finetune import Finetune
 from minigpt.studies.claims import CLAIMS
 from tests import closed_forms
@@ -31,6 +32,9 @@ COMMANDS = [
     for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     for command in block.splitlines()
 ]
+STUDY_COMMANDS = re.findall(
+    r"^minigpt study .*--out.*$", (ROOT / "docs/studies/README.md").read_text(), re.MULTILINE
+)
 # the page of a config whose name is not the page's
 PAGE_OF = {"FreezeConfig": "freezing"}
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -104,6 +108,18 @@ def test_commands_are_understood(command: str) -> None:
     assert not given.pop("resume")
     assert given.pop("out").parts[0] == "runs"
     assert methods.attach(gpt_neo(num_layers=4), runs.fill(Finetune, given)) is not None
+
+
+def test_the_command_of_each_study_is_understood() -> None:
+    named = []
+    for command in STUDY_COMMANDS:
+        given = vars(cli.parser().parse_args(command.split()[1:]))
+        named.append(given["name"])
+        settings, _ = studies.command(given["name"])
+        own = {f.name: given[f.name] for f in fields(settings) if f.name in given}
+        assert studies.published(given["name"], own)["steps"] >= 300
+        assert settings(**own).seeds == 5
+    assert named == list(studies.STUDIES)
 
 
 def test_every_method_has_a_page_an_example_and_a_picture() -> None:
