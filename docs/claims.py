@@ -7,7 +7,6 @@ Each `results.json` there is what `minigpt study` wrote, with the settings and t
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def ledger() -> str:
         for key, claim in CLAIMS.items():
             if claim.source != source:
                 continue
-            found = list(findings(runs, key))
+            found = findings(runs, key)
             if not found:
                 verdict = "cannot be tested here" if claim.why else "undecided"
                 found = [["not measured", verdict, "", claim.why]]
@@ -65,13 +64,20 @@ def ledger() -> str:
     return "\n".join([*lines, REMARKS]) + "\n"
 
 
-def findings(runs: list[tuple[str, Any]], key: str) -> Iterator[list[str]]:
-    """Measured, verdict, on, note: of every run that says something about the claim."""
+def findings(runs: list[tuple[str, Any]], key: str) -> list[list[str]]:
+    """Measured, verdict, on, note: of every run that says something about the claim; what several
+    say alike, such as a count, once.
+    """
+    found: dict[tuple[str, str, str, str], list[str]] = {}
     for name, results in runs:
         for f in results["findings"]:
             if f["claim"] == key:
-                where = f"{f['on']} ([{name}](studies/{name}/report.html))"
-                yield [f["measured"], f["verdict"], where, f["note"]]
+                cells = (f["measured"], f["verdict"], f["on"], f["note"])
+                found.setdefault(cells, []).append(f"[{name}](studies/{name}/report.html)")
+    return [
+        [measured, verdict, f"{on} ({', '.join(where)})", note]
+        for (measured, verdict, on, note), where in found.items()
+    ]
 
 
 def command(results: Any) -> str:
