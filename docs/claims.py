@@ -26,9 +26,10 @@ not.
 """
 COLUMNS = ("claim", "quoted", "measured", "verdict", "on", "note")
 REMARKS = """
-In `peft-methods-bundled` five of the ten methods end within 5 points of chance, at rates that are
-first choices: what it says of variance and of cost says above all that they learned little. In
-`lora-rank-bundled` fine-tuning on 1/16 of the text gains next to nothing, at any rank."""
+In `peft-methods-bundled` five of the ten methods end within 5 points of chance (of three rates each
+a search found none better): what it says of variance and of cost says above all that they learned
+little from so small an encoder. In `lora-rank-bundled` fine-tuning on 1/16 of the text gains next
+to nothing, at any rank."""
 TITLES = {
     "000": "Targeted freezing",
     "001": "Partial fine-tuning",

@@ -22,10 +22,9 @@ and first classifier.  Cost: peak memory, parameters and bytes on disk, one proc
 the time of a step, all methods in one process, in turn on one batch.
 
 Every method trains the classifier too, and the pooler where it is new (encoder_methods.py), and has
-the command's defaults (minigpt/methods.py).  The peak rates by method are first choices for a small
-encoder; peft_rates.py searches for better ones on reviews held out of the training part, never on
-the test part.  The schedule is linear after a tenth of the steps of warm-up; gradients are clipped
-to norm 1.
+the command's defaults (minigpt/methods.py).  The peak rates by method are for a small encoder;
+peft_rates.py searches for them on reviews held out of the training part, never on the test part.
+The schedule is linear after a tenth of the steps of warm-up; gradients are clipped to norm 1.
 """
 
 import shutil
