@@ -182,7 +182,10 @@ def config_json(model: Model) -> dict[str, Any]:
     if isinstance(logits, nn.Linear) and logits.weight is not model.embeddings.token.weight:
         settings["tie_word_embeddings"] = False  # a folded adapter untied them
     settings["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    names = settings.pop("id2label", None) or {}
     if head == "classification":
-        settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-        settings["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+        if len(names) != classes:  # of another head, or none were given
+            names = {str(i): f"LABEL_{i}" for i in range(classes)}
+        settings["id2label"] = names
+        settings["label2id"] = {name: int(i) for i, name in names.items()}
     return settings

@@ -10,6 +10,7 @@
 Shapes:  B batch   T time   D width   H heads   N head width   V vocabulary
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,7 @@ class BertConfig:
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
+    id2label: Mapping[str, str] | None = None  # names of the classes, by their numbers
 
     def __post_init__(self) -> None:
         positive(self, "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size")

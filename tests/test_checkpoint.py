@@ -174,6 +174,24 @@ def test_num_labels_of_a_fresh_classifier(checkpoint, num_labels, classes):
     assert ours(IDS).shape == (2, classes)
 
 
+def test_the_names_of_classes_are_carried(tmp_path):
+    names = {0: "negative", 1: "positive", 2: "neither"}
+    hf = hf_bert(transformers.BertForSequenceClassification, id2label=names)
+    hf.save_pretrained(tmp_path / "hf")
+    ours = minigpt.load(tmp_path / "hf")
+    assert ours.config.id2label == {str(i): name for i, name in names.items()}
+    minigpt.save(ours, tmp_path / "ours")
+    again = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert again.id2label == names
+    assert again.label2id == {name: i for i, name in names.items()}
+    other = minigpt.load(tmp_path / "hf", head="classification", num_labels=2)
+    minigpt.save(other, tmp_path / "other")  # two classes, to which three names do not belong
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "other").id2label == {
+        0: "LABEL_0",
+        1: "LABEL_1",
+    }
+
+
 def test_num_labels_below_one_is_an_error(checkpoint):
     with pytest.raises(ValueError, match="num_labels is 0"):
         minigpt.load(checkpoint("BertModel")[1], head="classification", num_labels=0)
