@@ -1,6 +1,7 @@
 """What all studies share: parts that run once, verdicts, the report."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -37,6 +38,18 @@ def wrong(folder: Path) -> dict[str, Any]:
 
 def dies(folder: Path) -> dict[str, Any]:
     os._exit(7)
+
+
+def warns(folder: Path, text: str) -> dict[str, Any]:
+    logging.getLogger("minigpt.somewhere").warning("a warning, %s", text)
+    return {}
+
+
+def test_what_parts_warn_of_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    texts = ("the same", "the same", "another")
+    Lab(tmp_path).run([Part(str(i), warns, (text,)) for i, text in enumerate(texts)])
+    said = [line for line in capfd.readouterr().err.splitlines() if "a warning" in line]
+    assert said == ["minigpt: a warning, the same", "minigpt: a warning, another"]
 
 
 def test_a_part_runs_once_and_in_a_process_of_its_own(tmp_path: Path) -> None:

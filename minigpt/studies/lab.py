@@ -10,6 +10,7 @@ goes on from them.
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -49,6 +50,7 @@ class Lab:
         self.folder = out / "runs"
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
+        self.warned: set[str] = set()
 
     def run(self, parts: Sequence[Part]) -> dict[str, Result]:
         """Results by the names of the parts.
@@ -78,7 +80,9 @@ class Lab:
             child.start()
             theirs.close()
             try:
-                kind, message = ours.recv()
+                while (received := ours.recv())[0] == "warning":
+                    self._warn(received[1])
+                kind, message = received
             except EOFError:
                 child.join()
                 kind, message = "died", f"{part.name} ended with status {child.exitcode}"
@@ -88,10 +92,28 @@ class Lab:
         if kind != "done":
             raise ValueError(message)
 
+    def _warn(self, text: str) -> None:
+        """Says once what many parts warn of, such as a classifier that is new."""
+        if text not in self.warned:
+            self.warned.add(text)
+            _say(text)
+
+
+class _Warnings(logging.Handler):
+    """Sends what a part warns of to the parent."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(logging.WARNING)
+        self.pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.pipe.send(("warning", self.format(record)))
+
 
 def _child(part: Part, path: Path, pipe: Connection) -> None:
     """The part's process."""
     os.setpgrp()  # Ctrl-C reaches the parent, which passes it on once
+    logging.getLogger().addHandler(_Warnings(pipe))
     try:
         runs.write(path, part.function(path.parent, *part.arguments))
         for snapshots in [*path.parent.rglob("snapshots")]:
