@@ -203,7 +203,7 @@ def findings(found: Found, on: str) -> list[Finding]:
         ),
         Finding(
             "methods.cost",
-            f"{percent(gain(found), ' points')} above full tuning's, mean of {len(PEFT)} methods",
+            f"{percent(gain(found), ' points')} from full tuning's, mean of {len(PEFT)} methods",
             judge(gain(found), seeds, 0.0, above=True),
             on,
             "Accuracy above chance over T / T_full: what is no better than guessing is worth "
