@@ -26,9 +26,10 @@ not.
 """
 COLUMNS = ("claim", "quoted", "measured", "verdict", "on", "note")
 REMARKS = """
-- `targeted-freezing-125m` and `partial-freezing-125m` start from random weights: theirs are the
-  counts, times and memory, of small batches, where weights and the optimizer's state outweigh
-  activations. What they say of popular tokens and of forgetting is of no pretrained model.
+- `targeted-freezing-125m` and `partial-freezing-125m` start from random weights, those of
+  `minigpt.save(minigpt.GPTNeo(minigpt.GPTNeoConfig()), ...)` with GPT-Neo's tokenizer beside them.
+  Theirs are the counts, times and memory, of small batches, where weights and the optimizer's state
+  outweigh activations. What they say of popular tokens and forgetting is of no pretrained model.
 - `clipping-and-schedule-minilm` and `peft-methods-minilm` learn from 800 reviews, cut to 96 and 128
   tokens. The latter gives every method 50 steps, at rates that no search has chosen: it compares
   what they reach so soon.
