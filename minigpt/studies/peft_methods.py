@@ -86,7 +86,7 @@ class Settings:
     seeds: int = option("runs of each method; below five nothing is decided", 3)
     steps: int = option("updates", 100)
     batch_size: int = option("reviews in a batch", 16)
-    sequence_length: int = option("tokens of a review, the rest is cut", 128)
+    sequence_length: int = option("tokens of a review, the rest is cut", 64)
     lr: list[str] | None = option(
         "peak rates that are not the default, as in full=5e-5 lora=1e-3 (default: "
         + " ".join(f"{method}={lr:g}" for method, lr in LR.items())
@@ -97,7 +97,7 @@ class Settings:
         "reviews to learn from, half of each label (default: all)", None
     )
     test_rows: int | None = option("held-out reviews, half of each label (default: all)", None)
-    rounds: int = option("times that a step of each method is timed", 20)
+    rounds: int = option("times that a step of each method is timed", 10)
 
     def rates(self) -> dict[str, float]:
         """The peak rate of each method."""
