@@ -66,7 +66,7 @@ class Settings:
     model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
     text: str = option("the text to learn from, UTF-8, or a bundled tale", CARROLL)
     seeds: int = option("runs of each rank and size; below five nothing is decided", 5)
-    steps: int = option("updates", 30)
+    steps: int = option("updates", 24)
     batch_size: int = option("windows in a batch", 4)
     sequence_length: int = option("tokens in a window", 64)
     heldout: float = option("share of the text, at its end, that is only measured", 0.2)
