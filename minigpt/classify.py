@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.bert import Bert
-from minigpt.data import Batch
+from minigpt.data import Batch, moved
 from minigpt.metrics import Estimate, share
 from minigpt.mode import mode
 from minigpt.tokenizer import MARKS, Tokenizer
@@ -101,13 +101,19 @@ def consecutive_examples(examples: Sequence[Example], batch_size: int, pad: int)
 def classification_loss(model: Bert, batch: Batch) -> Tensor:
     """Mean cross-entropy in nats over the rows."""
     # - log softmax(logits)[label]
-    return F.cross_entropy(_logits(model, batch), batch["labels"])
+    return F.cross_entropy(class_logits(model, batch), batch["labels"])
 
 
 def accuracy(model: Bert, batches: Iterable[Batch]) -> Estimate:
     """Share of rows whose largest logit is the label's, with its interval; the mode stays."""
+    return score(model, batches)[1]
+
+
+def score(model: Bert, batches: Iterable[Batch]) -> tuple[float, Estimate]:
+    """Mean cross-entropy in nats over the rows, and the accuracy, out of one pass."""
     logits, labels = predict(model, batches)
-    return share(int((logits.argmax(-1) == labels).sum()), len(labels))
+    right = int((logits.argmax(-1) == labels).sum())
+    return F.cross_entropy(logits, labels).item(), share(right, len(labels))
 
 
 @torch.no_grad()
@@ -118,18 +124,14 @@ def predict(model: Bert, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     with mode(model, training=False):
         pairs = [
-            (
-                _logits(model, {name: tensor.to(device) for name, tensor in batch.items()}).cpu(),
-                batch["labels"],
-            )
-            for batch in batches
+            (class_logits(model, moved(batch, device)).cpu(), batch["labels"]) for batch in batches
         ]
     logits, labels = zip(*pairs, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
 
-def _logits(model: Bert, batch: Batch) -> Tensor:
-    """(B, classes)"""
+def class_logits(model: Bert, batch: Batch) -> Tensor:
+    """(B, classes).  Raises ValueError for a label beyond them."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
     label, classes = int(batch["labels"].max()), logits.size(-1)
     if label >= classes:

@@ -20,6 +20,11 @@ from minigpt.loss import IGNORED
 Batch = dict[str, Tensor]
 
 
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text; of a Project Gutenberg file, what stands between its START and END lines."""
     try:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import ClippedAdamW
 from minigpt import schedule, snapshot
 from minigpt.config import one_of, positive
-from minigpt.data import Batch
+from minigpt.data import Batch, moved
 from minigpt.loss import IGNORED
 from minigpt.mode import mode
 
@@ -211,7 +211,7 @@ def _backward(
         if _labels(batch) == 0:
             continue  # no say, and its mean over no label is NaN
         with _autocast(device, bf16):
-            share = loss(model, _to(batch, device)) * (_labels(batch) / n)
+            share = loss(model, moved(batch, device)) * (_labels(batch) / n)
         share.backward()
         total += share.item()
     return total
@@ -233,7 +233,7 @@ def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool 
         for batch in batches:
             if _labels(batch) == 0:
                 continue
-            batch = _to(batch, next(model.parameters()).device)
+            batch = moved(batch, next(model.parameters()).device)
             with _autocast(batch["labels"].device, bf16):
                 total += loss(model, batch).item() * _labels(batch)
             n += _labels(batch)
@@ -327,10 +327,6 @@ def _autocast(device: torch.device, bf16: bool) -> torch.autocast:
 
 def _labels(batch: Batch) -> int:
     return int((batch["labels"] != IGNORED).sum())
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _due(step: int, every: int) -> bool:

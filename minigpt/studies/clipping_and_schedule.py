@@ -47,7 +47,7 @@ import torch
 
 import peft_lite
 from minigpt import memory
-from minigpt.classify import ShuffledExamples, consecutive_examples, encode
+from minigpt.classify import ShuffledExamples, consecutive_examples, encode, score
 from minigpt.config import positive
 from minigpt.data import Batch
 from minigpt.labelled import Rows, balanced, read_parts
@@ -64,7 +64,6 @@ from minigpt.studies.encoders import (
     data_name,
     load_encoder,
     read_rows,
-    score,
 )
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.probes import GradientNorms

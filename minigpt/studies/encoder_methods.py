@@ -17,7 +17,7 @@ from minigpt.source import find, read_tensors
 FULL, FLOOR = "full", "classifier"
 METHODS = (*methods.NAMES, FLOOR)
 # peak rates for the bundled encoder.  Of full, freeze, lora, dora and bottleneck each is the best
-# of the three that `peft_rates --steps 150` tries; the others learn next to nothing at any of them
+# of three, the others learn next to nothing at any of them: docs/studies/peft_rates.csv
 LR = {
     "full": 1e-3,
     "freeze": 1e-3,

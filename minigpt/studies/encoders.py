@@ -10,10 +10,9 @@ from torch import Tensor
 from minigpt.architectures import outline, read_config
 from minigpt.bert import Bert
 from minigpt.checkpoint import load
-from minigpt.classify import Example, consecutive_examples, encode, predict
+from minigpt.classify import Example, class_logits, consecutive_examples, encode, score
 from minigpt.data import Batch
 from minigpt.labelled import Rows, balanced, read_parts
-from minigpt.metrics import Estimate, share
 from minigpt.source import find
 from minigpt.tokenizer import Tokenizer
 from minigpt.train import Row
@@ -132,7 +131,7 @@ class Watched:
 
     def loss(self, model: Bert, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats over the rows."""
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits = class_logits(model, batch)
         right = logits.detach().argmax(-1) == batch["labels"]
         self.right = right.float().mean().item()
         return F.cross_entropy(logits, batch["labels"])
@@ -147,10 +146,3 @@ class Watched:
                 row[f"{name}_loss"], right = score(self.model, batches)
                 row[f"{name}_accuracy"] = right.value
         return row
-
-
-def score(model: Bert, batches: Sequence[Batch]) -> tuple[float, Estimate]:
-    """Mean cross-entropy in nats over the rows and the share told right, without dropout."""
-    logits, labels = predict(model, batches)
-    right = int((logits.argmax(-1) == labels).sum())
-    return F.cross_entropy(logits, labels).item(), share(right, len(labels))

@@ -163,6 +163,7 @@ def quality(folder: Path, settings: Settings, method: str, seed: int) -> Result:
     positives = logits.softmax(-1)[:, 1]
     learned = encoder.train[: len(labels)]
     return {
+        # A_s: p_s is on the label's side of 1/2
         "right": int(((positives > 0.5) == labels).sum()),
         "rows": len(labels),
         "chance": labels.bincount().max().item() / len(labels),

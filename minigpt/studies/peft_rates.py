@@ -13,12 +13,12 @@ from statistics import fmean
 
 import torch
 
-from minigpt.classify import ShuffledExamples, accuracy, classification_loss, consecutive_examples
+from minigpt.classify import ShuffledExamples, classification_loss, consecutive_examples, score
 from minigpt.options import add_options
 from minigpt.studies.encoder_methods import METHODS, attach, new_modules
 from minigpt.studies.encoders import EVALUATED
 from minigpt.studies.peft_methods import Settings
-from minigpt.train import evaluate, train
+from minigpt.train import train
 
 FACTORS = (0.3, 1.0, 3.0)
 SEEDS = 2
@@ -35,8 +35,8 @@ def heldout(settings: Settings, method: str, rate: float, seed: int) -> tuple[fl
     config = replace(settings.training(method), lr=rate)
     train(encoder.model, classification_loss, batches, config)
     measured = list(consecutive_examples(left, EVALUATED, encoder.pad))
-    loss = evaluate(encoder.model, classification_loss, measured)
-    return loss, accuracy(encoder.model, measured).value
+    loss, right = score(encoder.model, measured)
+    return loss, right.value
 
 
 def search(settings: Settings) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from kernels import ClippedAdamW
-from minigpt.data import Batch
+from minigpt.data import Batch, moved
 from minigpt.progress import progress_bar
 from minigpt.train import Loss, Probe, Row, TrainConfig, train
 
@@ -52,8 +52,7 @@ class Step:
         )
 
     def __call__(self) -> None:
-        batch = self.batches(next(self.numbers))
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch = moved(self.batches(next(self.numbers)), self.device)
         self.loss(self.model, batch).backward()
         self.optimizer.step().item()  # as the trainer, which waits for the norm
         self.optimizer.zero_grad()
