@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint kernels bench bench-gpu mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
-	$(BIN)/python -m minigpt.demo
+	$(BIN)/python -m minigpt.commands.demo
 
 test: .venv/test          ## the whole suite
 	$(BIN)/python -m pytest
@@ -16,7 +16,7 @@ lint: .venv/test          ## style and types
 	$(BIN)/mypy
 
 kernels: .venv/test       ## compile every Triton kernel for three GPUs, without one, and look for faults
-	$(BIN)/python -W ignore -m kernels.compile_all
+	$(BIN)/python -W ignore -m minigpt_kernels.compile_all
 
 bench: .venv/test         ## measure against the peers, write benchmarks/results/*.csv and the tables
 	$(BIN)/python -m benchmarks

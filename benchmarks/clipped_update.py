@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import fresh, options, write_each
-from kernels import ClippedAdamW
+from minigpt_kernels import ClippedAdamW
 
 FOREACH, FUSED, SCALED, OURS = "clip + foreach", "clip + fused", "norm + scaled fused", "ours"
 COMPILED = {f"{name}, compiled": name for name in (FOREACH, FUSED)}

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from benchmarks import paper
 from benchmarks.paper import Shape
-from kernels import Lora, lora_linear, lora_linears, reference
+from minigpt_kernels import Lora, lora_linear, lora_linears, reference
 
 SCALING = 2.0
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.common import OURS, SIDES, checkpoint, fresh, options, write_each
 from benchmarks.sides import METHODS, batch, config, our_model, their_model, their_step, tokens
-from minigpt import memory
-from minigpt.loss import language_model_loss
-from minigpt.train import train
+from minigpt.objectives.causal import language_model_loss
+from minigpt.training import memory
+from minigpt.training.train import train
 
 STEPS = 3
 

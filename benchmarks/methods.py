@@ -29,9 +29,10 @@ from torch import Tensor, nn
 import peft_lite
 from benchmarks.common import OURS, checkpoint, fresh, options, write_each
 from benchmarks.sides import LR, batch, config, tokens
-from minigpt import GPTNeo, load, memory
-from minigpt.loss import IGNORED, language_model_loss
-from minigpt.train import Row, train
+from minigpt import GPTNeo, load
+from minigpt.objectives.causal import IGNORED, language_model_loss
+from minigpt.training import memory
+from minigpt.training.train import Row, train
 from peft_lite import (
     BiasConfig,
     BottleneckConfig,

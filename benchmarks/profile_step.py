@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks.common import checkpoint, fresh, options, write_each
 from benchmarks.sides import METHODS, batch, config, our_model
-from minigpt.loss import language_model_loss
-from minigpt.train import train
+from minigpt.objectives.causal import language_model_loss
+from minigpt.training.train import train
 
 
 def measure(directory: Path, method: str, lines: int) -> list[dict[str, object]]:

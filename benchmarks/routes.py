@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.common import RESULTS, quartiles, read
 from benchmarks.lora_linear import BOTH, FEW, FORWARD, LAUNCHED
 from benchmarks.paper import OURS_TORCH, OURS_TRITON
-from kernels import dispatch
-from kernels.dispatch import Measured
+from minigpt_kernels import dispatch
+from minigpt_kernels.dispatch import Measured
 
 TABLE = Path(dispatch.__file__).with_name("measured.csv")
 ROUTES = {OURS_TORCH: "torch", OURS_TRITON: "triton"}

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from minigpt import GPTNeo, TrainConfig, load
-from minigpt.data import Batch
-from minigpt.loss import IGNORED
-from minigpt.methods import MethodOptions, attach
+from minigpt.data.text import Batch
+from minigpt.objectives.causal import IGNORED
+from minigpt.settings.methods import MethodOptions, attach
 from peft_lite import Handle
 
 BATCH, LENGTH, VOCABULARY = 4, 128, 50257

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write_each
 from benchmarks.sides import METHODS, batch, config, our_model, their_model, their_step, tokens
-from minigpt.loss import language_model_loss
-from minigpt.train import Row, train
+from minigpt.objectives.causal import language_model_loss
+from minigpt.training.train import Row, train
 
 WARM_UP = 2
 TOLERANCE = 1e-4  # relative difference of the losses, at every step

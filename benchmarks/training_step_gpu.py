@@ -32,10 +32,10 @@ from benchmarks.paper import OURS_TORCH, OURS_TRITON
 from benchmarks.routes import ROUTES
 from benchmarks.sides import LR, METHODS, VOCABULARY, their_model
 from benchmarks.training_step import check_trainable, copy_adapter
-from kernels import ClippedAdamW, dispatch
 from minigpt import load
-from minigpt.loss import IGNORED, language_model_loss
-from minigpt.methods import attach
+from minigpt.objectives.causal import IGNORED, language_model_loss
+from minigpt.settings.methods import attach
+from minigpt_kernels import ClippedAdamW, dispatch
 
 BATCH, LENGTH, BATCHES = 8, 512, 8
 COMPILED = f"{THEIRS}, torch.compile"

@@ -1,7 +1,7 @@
 """The hot path of parameter-efficient fine-tuning."""
 
-from kernels.lora_function import Lora
-from kernels.lora_linear import lora_linear, lora_linears
-from kernels.optimizers import ClippedAdamW, ClippedSGD
+from .lora_function import Lora
+from .lora_linear import lora_linear, lora_linears
+from .optimizers import ClippedAdamW, ClippedSGD
 
 __all__ = ["ClippedAdamW", "ClippedSGD", "Lora", "lora_linear", "lora_linears"]

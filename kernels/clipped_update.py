@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device import capturing, outside_capture, upload
+from .device import capturing, outside_capture, upload
 
 CHUNK = 4096  # elements of a chunk
 BLOCK = 1024  # elements that launch 2 holds at a time

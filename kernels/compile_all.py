@@ -1,6 +1,6 @@
 """Compiles every kernel that can be chosen for three GPUs, without one, and looks at the result.
 
-    python -m kernels.compile_all [part of a kernel's name]
+    python -m minigpt_kernels.compile_all [part of a kernel's name]
 
 One line a kernel: registers, bytes of stack (what was spilled), shared memory, and the tensor-core
 and copy instructions in the machine code.  Exit status 1 when a stack is above 16 bytes, shared
@@ -25,9 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import clipped_update, decode_kernels, lora_kernels, tiles
-from kernels.lora_tma_kernel import expand_tma_kernel
-from kernels.tiles import Tile
+from . import clipped_update, decode_kernels, lora_kernels, tiles
+from .lora_tma_kernel import expand_tma_kernel
+from .tiles import Tile
 
 # bytes of shared memory a block can have; what the list of sm_80 serves has less than sm_80 itself
 SHARED = {80: 101_376, 90: 232_448, 100: 232_448}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.device import outside_capture, upload
+from .device import outside_capture, upload
 
 
 class Counts:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve
+from .backend import resolve
 
 
 class Measured(NamedTuple):

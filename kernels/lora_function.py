@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import lora_torch
+from . import lora_torch
 
 
 class Lora(NamedTuple):
@@ -62,7 +62,7 @@ def products(backend: str) -> ModuleType:
     """The module with `shrink`, `expand` and `outer` of a backend, "torch" or "triton"."""
     if backend == "torch":
         return lora_torch
-    from kernels import lora_triton
+    from . import lora_triton
 
     return lora_triton
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels import dispatch, lora_op, lora_torch, tiles
-from kernels.lora_function import Lora, LoraFunction, products, siblings
+from . import dispatch, lora_op, lora_torch, tiles
+from .lora_function import Lora, LoraFunction, products, siblings
 
 
 def lora_linear(
@@ -85,7 +85,7 @@ def _draw(backend: str, x: Tensor, p: float, seed: int | None) -> Tensor:
         at = torch.full((), seed, device=x.device)
     if torch.compiler.is_compiling():
         return lora_op.keep(x, p, at)
-    from kernels import lora_triton
+    from . import lora_triton
 
     return lora_triton.keep(x, p, at)
 

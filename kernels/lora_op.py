@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import lora_function
-from kernels.lora_function import Needs, siblings
+from . import lora_function
+from .lora_function import Needs, siblings
 
 Numbers = Sequence[float]
 Tensors = Sequence[Tensor]
@@ -21,7 +21,7 @@ Tensors = Sequence[Tensor]
 @torch.library.custom_op("minigpt::keep", mutates_args=())
 def keep(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Bits (M, ceil(K / 8)) of the elements of x (M, K) that dropout keeps, by Triton."""
-    from kernels import lora_triton
+    from . import lora_triton
 
     return lora_triton.keep(x, p, seed)
 

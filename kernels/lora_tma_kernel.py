@@ -11,7 +11,7 @@ alignment of every row.  The update's factors are small and come by pointers.
 import triton
 import triton.language as tl
 
-from kernels.lora_kernels import tile_at, update
+from .lora_kernels import tile_at, update
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import decode_kernels, lora_kernels, tiles
-from kernels.lora_tma_kernel import expand_tma_kernel
+from . import decode_kernels, lora_kernels, tiles
+from .lora_tma_kernel import expand_tma_kernel
 
 
 def keep(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve
-from kernels.counts import Counts, same
-from kernels.device import outside_capture
+from .backend import resolve
+from .counts import Counts, same
+from .device import outside_capture
 
 if TYPE_CHECKING:
-    from kernels.clipped_update import Tables
+    from .clipped_update import Tables
 
 F = TypeVar("F", bound=Callable[..., Any])
 _untraced: Callable[[F], F] = torch.compiler.disable
@@ -130,7 +130,7 @@ class _Clipped(torch.optim.Optimizer):
             self._device, self._route = device, resolve(self.backend, columns[0][0])
         if self._route == "torch":
             return None
-        from kernels.clipped_update import Tables, Unfit
+        from .clipped_update import Tables, Unfit
 
         if self._tables is None:
             self._tables = Tables()
@@ -146,7 +146,7 @@ class _Clipped(torch.optim.Optimizer):
     def _parts(self, columns: list[list[Any]], tables: "Tables | None") -> Tensor:
         """Sums of squares that add up to |g|^2."""
         if tables is not None:
-            from kernels import clipped_update
+            from . import clipped_update
 
             return clipped_update.squares(tables)
         grads = columns[1]
@@ -242,7 +242,7 @@ class ClippedAdamW(_Clipped):
         self, columns: list[list[Any]], ends: list[int], tables: "Tables | None", parts: Tensor
     ) -> Tensor:
         if tables is not None:
-            from kernels import clipped_update
+            from . import clipped_update
 
             counts = self._counts.take(columns, tables.slots, self.state)
             return clipped_update.adamw(tables, counts, parts)
@@ -296,7 +296,7 @@ class ClippedSGD(_Clipped):
         self, columns: list[list[Any]], ends: list[int], tables: "Tables | None", parts: Tensor
     ) -> Tensor:
         if tables is not None:
-            from kernels import clipped_update
+            from . import clipped_update
 
             return clipped_update.sgd(tables, parts)
         norm = parts.sum().sqrt()

@@ -2,8 +2,8 @@
 
 A tile of Y is (BM, BN) and walks over K in steps of BK; `num_stages` steps are under way at a time,
 each with BM BK + BN BK elements of shared memory; `num_warps` warps share the BM BN accumulators.
-`python -m kernels.compile_all` compiles every row for its architecture and fails on one that
-spills registers, overruns shared memory or misses the tensor cores.  Which is fastest is not
+`python -m minigpt_kernels.compile_all` compiles every row for its architecture and fails on one
+that spills registers, overruns shared memory or misses the tensor cores.  Which is fastest is not
 measured yet.
 """
 

@@ -1,15 +1,28 @@
 """Transformers built directly in PyTorch: load, train, generate."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minigpt.bert import Bert, BertConfig
-from minigpt.checkpoint import load, save
-from minigpt.generate import generate
-from minigpt.gpt_neo import GPTNeo, GPTNeoConfig
-from minigpt.train import TrainConfig, train
-
 if TYPE_CHECKING:
-    from minigpt.tokenizer import Tokenizer
+    from minigpt.checkpoints.directory import load, save
+    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.generation import generate
+    from minigpt.models.bert import Bert, BertConfig
+    from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
+    from minigpt.training.train import TrainConfig, train
+
+PLACES = {
+    "Bert": "models.bert",
+    "BertConfig": "models.bert",
+    "GPTNeo": "models.gpt_neo",
+    "GPTNeoConfig": "models.gpt_neo",
+    "Tokenizer": "data.tokenizer",
+    "TrainConfig": "training.train",
+    "generate": "generation",
+    "load": "checkpoints.directory",
+    "save": "checkpoints.directory",
+    "train": "training.train",
+}
 
 __all__ = [
     "Bert",
@@ -26,9 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`minigpt.Tokenizer`, imported when first asked for: models need no tokenizer."""
-    if name != "Tokenizer":
+    """A public name, imported when it is first used."""
+    if name not in PLACES:
         raise AttributeError(f"module 'minigpt' has no attribute {name!r}")
-    from minigpt.tokenizer import Tokenizer
-
-    return Tokenizer
+    return getattr(import_module(f"minigpt.{PLACES[name]}"), name)

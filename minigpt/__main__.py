@@ -1,3 +1,3 @@
-from minigpt.cli import main
+from minigpt.commands.cli import main
 
 raise SystemExit(main())

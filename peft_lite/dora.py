@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels import lora_linear
+from minigpt_kernels import lora_linear
 from peft_lite import lora
 from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear
 from peft_lite.method import Method

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kernels import Lora, lora_linear
+from minigpt_kernels import Lora, lora_linear
 from peft_lite import bias, saved
 from peft_lite.method import Method
 from peft_lite.select import (

@@ -2,8 +2,8 @@
 
     xA = drop(x) [A_q; A_k; A_v]^T      one pass over x, one mask     (kernels/lora_function.py)
 
-The model projects x to q, k and v through a slot (minigpt/slots.py); the wrapper in that slot hands
-what it finds to `kernels.lora_linears`.  The layers stay what they are: where one of them is
+The model projects x to q, k and v through a slot (minigpt/models/slots.py); the wrapper in that
+slot hands what it finds to `lora_linears`.  The layers stay what they are: where one of them is
 merged, steps aside, is for some rows only or has another method around it, it is called as ever.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels import lora_linears
+from minigpt_kernels import lora_linears
 from peft_lite import wrapper
 from peft_lite.lora import LoraLinear
 from peft_lite.wrapper import Wrapper, named_layers

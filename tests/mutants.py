@@ -228,7 +228,7 @@ MUTANTS = [
     mutant(
         "gradient checkpointing cuts the graph at frozen inputs",
         "peft #137, transformers #42489",
-        "minigpt/train.py",
+        "minigpt/training/train.py",
         "use_reentrant=False",
         "use_reentrant=True",
         "test_train",
@@ -286,7 +286,7 @@ MUTANTS = [
     mutant(
         "an empty tokenizer is loaded in silence",
         "transformers 5.23",
-        "minigpt/tokenizer.py",
+        "minigpt/data/tokenizer.py",
         "if backend.get_vocab_size() == 0:",
         "if backend.get_vocab_size() < 0:",
         "test_tokenizer",
@@ -428,7 +428,7 @@ MUTANTS = [
     mutant(
         "the logits of a prompt shift the labels",
         HERE,
-        "minigpt/gpt_neo.py",
+        "minigpt/models/gpt_neo.py",
         "self.final_norm(x[:, T - input_ids.size(1) :])",
         "self.final_norm(x[:, : input_ids.size(1)])",
         "test_prompt",
@@ -437,7 +437,7 @@ MUTANTS = [
     mutant(
         "padding hides the prompt",
         HERE,
-        "minigpt/gpt_neo.py",
+        "minigpt/models/gpt_neo.py",
         "F.pad(attention_mask, (prompt.length, 0), value=1)",
         "F.pad(attention_mask, (prompt.length, 0), value=0)",
         "test_prompt",
@@ -544,7 +544,7 @@ MUTANTS = [
     mutant(
         "the window is one token too wide",
         HERE,
-        "minigpt/attention.py",
+        "minigpt/models/attention.py",
         "mask = mask & (k > q - window)",
         "mask = mask & (k > q - window - 1)",
         "test_attention",
@@ -557,9 +557,16 @@ def apply(mutant: Mutant, folder: Path) -> None:
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    (folder / "minigpt_kernels").symlink_to("kernels")
     shutil.copy(ROOT / "pyproject.toml", folder)
     path = folder / mutant.file
     path.write_text(path.read_text().replace(mutant.old, mutant.new))
+
+
+def file_of(test: str) -> Path:
+    """The one file of tests of that name."""
+    (file,) = (ROOT / "tests").rglob(f"{test}.py")
+    return file
 
 
 def killer(mutant: Mutant) -> str | None:
@@ -567,7 +574,7 @@ def killer(mutant: Mutant) -> str | None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         apply(mutant, folder)
-        tests = [f"tests/{test}.py" for test in mutant.tests]
+        tests = [str(file_of(test).relative_to(ROOT)) for test in mutant.tests]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         run = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, env=_environment(folder)

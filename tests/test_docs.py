@@ -11,12 +11,14 @@ from torch import nn
 
 import minigpt
 import peft_lite
-from docs import claims, lines, pictures
-from minigpt import cli, methods, runs, studies
-from minigpt.finetune import Finetune
+from minigpt import studies
+from minigpt.commands import cli
+from minigpt.commands.finetune import Finetune
+from minigpt.settings import methods, runs
 from minigpt.studies.claims import CLAIMS
 from tests import closed_forms
 from tests.tiny import gpt_neo
+from tools import claims, lines, pictures
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
@@ -45,7 +47,7 @@ named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 @named
 def test_line_numbers_are_true(page: Path) -> None:
-    assert lines.corrected(page.read_text()) == page.read_text(), "run python -m docs.lines"
+    assert lines.corrected(page.read_text()) == page.read_text(), "run python -m tools.lines"
 
 
 def test_every_method_shows_where_its_terms_stand() -> None:
@@ -210,7 +212,7 @@ def test_totals_are_those_of_report() -> None:
 
 def test_the_ledger_of_claims_is_that_of_the_results() -> None:
     page = (ROOT / "docs" / "claims.md").read_text()
-    assert page == claims.ledger(), "run python -m docs.claims"
+    assert page == claims.ledger(), "run python -m tools.claims"
     for claim in CLAIMS.values():
         assert f"| {claims.cell(claim.text)} |" in page
     for results in (ROOT / "docs").glob("studies/*/results.json"):

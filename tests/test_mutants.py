@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.mutants import MUTANTS, ROOT, TABLE, Mutant
+from tests.mutants import MUTANTS, ROOT, TABLE, Mutant, file_of
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
@@ -11,7 +11,7 @@ def test_a_mutant_changes_one_place_of_the_code(mutant: Mutant) -> None:
     assert text.count(mutant.old) == 1
     assert mutant.new != mutant.old
     compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
-    assert all((ROOT / "tests" / f"{test}.py").exists() for test in mutant.tests)
+    assert all(file_of(test).exists() for test in mutant.tests)
 
 
 def test_the_table_holds_every_mutant_and_no_survivor() -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from minigpt import runs
+from minigpt.settings import runs
 from minigpt.studies import report as reports
 from minigpt.studies.lab import Lab, Part, Result
 

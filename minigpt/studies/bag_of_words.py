@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.labelled import Rows
-from minigpt.metrics import Estimate, share
+from minigpt.data.labelled import Rows
+from minigpt.metrics.intervals import Estimate, share
 
 
 def accuracy(train: Rows, test: Rows, decay: float = 1e-2) -> Estimate:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minigpt.metrics import Estimate
+from minigpt.metrics.intervals import Estimate
 
 VERDICTS = ("holds", "holds in direction", "fails", "undecided", "cannot be tested here")
 SEEDS = 5  # below this nothing holds and nothing fails

@@ -46,12 +46,11 @@ from pathlib import Path
 import torch
 
 import peft_lite
-from minigpt import memory
-from minigpt.classify import ShuffledExamples, consecutive_examples, encode, score
-from minigpt.config import positive
-from minigpt.data import Batch
-from minigpt.labelled import Rows, balanced, read_parts
-from minigpt.options import option
+from minigpt.data.labelled import Rows, balanced, read_parts
+from minigpt.data.text import Batch
+from minigpt.models.config import positive
+from minigpt.objectives.classify import ShuffledExamples, consecutive_examples, encode, score
+from minigpt.settings.options import option
 from minigpt.studies import bag_of_words
 from minigpt.studies import clipping_and_schedule_figures as figures
 from minigpt.studies import clipping_and_schedule_report as reports
@@ -70,7 +69,8 @@ from minigpt.studies.probes import GradientNorms
 from minigpt.studies.report import Report
 from minigpt.studies.training import learn
 from minigpt.studies.words import ran_on
-from minigpt.train import Row, TrainConfig
+from minigpt.training import memory
+from minigpt.training.train import Row, TrainConfig
 
 TITLE = "Freezing, clipping and a schedule (write-up 002)"
 ARMS = ("baseline", "freezing", "clipping", "schedule", "delayed")

@@ -5,11 +5,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from minigpt.metrics import share
+from minigpt.metrics.intervals import share
 from minigpt.studies.clipping_and_schedule_measured import Runs, lost, straight
 from minigpt.studies.figures import FROZEN, FULL, OTHERS, figure, line, marks, smooth
 from minigpt.studies.report import Figure
-from minigpt.train import TrainConfig
+from minigpt.training.train import TrainConfig
 
 STYLES: Mapping[str, dict[str, Any]] = {
     "baseline": FULL,

@@ -7,11 +7,11 @@ from statistics import fmean, pvariance
 
 import torch
 
-from minigpt.bert import Bert, BertConfig
-from minigpt.metrics import Estimate, share
+from minigpt.metrics.intervals import Estimate, share
+from minigpt.models.bert import Bert, BertConfig
 from minigpt.studies.lab import Result
 from minigpt.studies.words import over_seeds
-from minigpt.train import TrainConfig
+from minigpt.training.train import TrainConfig
 
 PARTS = ("attention", "embeddings")
 

@@ -2,7 +2,7 @@
 
 from statistics import fmean, median, pvariance
 
-from minigpt.metrics import share
+from minigpt.metrics.intervals import share
 from minigpt.studies.claims import Finding, count, judge
 from minigpt.studies.clipping_and_schedule_measured import (
     Runs,
@@ -17,7 +17,7 @@ from minigpt.studies.clipping_and_schedule_measured import (
 )
 from minigpt.studies.report import Table
 from minigpt.studies.words import over_seeds, percent, shown, side
-from minigpt.train import TrainConfig
+from minigpt.training.train import TrainConfig
 
 QUOTED_FROZEN = 52_204_032
 QUOTED_RATES = {15: "1e-05", 100: "8.046e-06", 200: "5.747e-06", 300: "3.448e-06"}

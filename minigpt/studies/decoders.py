@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint import load
-from minigpt.data import read_text, split_text
-from minigpt.generate import generate
-from minigpt.gpt_neo import GPTNeo
-from minigpt.metrics import Estimate, popular_share
-from minigpt.source import ASSETS, find
-from minigpt.tokenizer import Tokenizer
+from minigpt.checkpoints.directory import load
+from minigpt.checkpoints.source import ASSETS, find
+from minigpt.data.text import read_text, split_text
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.generation import generate
+from minigpt.metrics.intervals import Estimate, popular_share
+from minigpt.models.gpt_neo import GPTNeo
 
 CARROLL, POE = "bundled-carroll", "bundled-poe"  # the tales in the package
 TALES = {name: ASSETS / "tales" / f"{name.removeprefix('bundled-')}.txt" for name in (CARROLL, POE)}

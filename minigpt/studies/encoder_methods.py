@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import peft_lite
-from minigpt import methods
-from minigpt.bert import Bert
-from minigpt.methods import MethodOptions
-from minigpt.source import find, read_tensors
+from minigpt.checkpoints.source import find, read_tensors
+from minigpt.models.bert import Bert
+from minigpt.settings import methods
+from minigpt.settings.methods import MethodOptions
 
 FULL, FLOOR = "full", "classifier"
 METHODS = (*methods.NAMES, FLOOR)

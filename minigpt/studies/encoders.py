@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.architectures import outline, read_config
-from minigpt.bert import Bert
-from minigpt.checkpoint import load
-from minigpt.classify import Example, class_logits, consecutive_examples, encode, score
-from minigpt.data import Batch
-from minigpt.labelled import Rows, balanced, read_parts
-from minigpt.source import find
-from minigpt.tokenizer import Tokenizer
-from minigpt.train import Row
+from minigpt.checkpoints.directory import load
+from minigpt.checkpoints.source import find
+from minigpt.data.labelled import Rows, balanced, read_parts
+from minigpt.data.text import Batch
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.models.architectures import outline, read_config
+from minigpt.models.bert import Bert
+from minigpt.objectives.classify import Example, class_logits, consecutive_examples, encode, score
+from minigpt.training.train import Row
 
 EVALUATED = 64  # rows in a batch that is only measured
 
@@ -109,7 +109,7 @@ def load_encoder(
 class Watched:
     """The batches and the loss of a run that also say what each step shows.
 
-    As a probe (minigpt/train.py) it gives the `accuracy` of the step's own batch, out of the same
+    As a probe of the training loop it gives the `accuracy` of the step's own batch, out of the same
     forward pass with its dropout, and every `every` steps loss and accuracy of some sets of
     batches, as `test_loss` and `test_accuracy` for a set called `test`.
     """

@@ -24,11 +24,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from minigpt import runs
-from minigpt.train import Interrupted
+from minigpt.settings import runs
+from minigpt.training.train import Interrupted
 
 Result = dict[str, Any]
-PRELOAD = ["torch", "torch._dynamo", "minigpt.checkpoint", "minigpt.train", "peft_lite"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "minigpt.checkpoints.directory",
+    "minigpt.training.train",
+    "peft_lite",
+]
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ import torch
 from torch import nn
 
 import peft_lite
-from minigpt import methods
-from minigpt.config import positive
-from minigpt.data import RandomWindows, consecutive_windows
-from minigpt.loss import language_model_loss
-from minigpt.methods import MethodOptions
-from minigpt.options import option
+from minigpt.data.text import RandomWindows, consecutive_windows
+from minigpt.models.config import positive
+from minigpt.objectives.causal import language_model_loss
+from minigpt.settings import methods
+from minigpt.settings.methods import MethodOptions
+from minigpt.settings.options import option
 from minigpt.studies import lora_rank_figures as figures
 from minigpt.studies import lora_rank_findings as findings
 from minigpt.studies.decoders import CARROLL, encode, load_decoder
@@ -45,7 +45,7 @@ from minigpt.studies.lora_rank_findings import FULL, RANKS, SHARES, part_name
 from minigpt.studies.report import Report
 from minigpt.studies.training import learn
 from minigpt.studies.words import ran_on
-from minigpt.train import TrainConfig, evaluate
+from minigpt.training.train import TrainConfig, evaluate
 
 TITLE = "The rank of LoRA (write-up 004)"
 # those of write-up 001, since 004 names none

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from minigpt.metrics import Estimate, mean
+from minigpt.metrics.intervals import Estimate, mean
 from minigpt.studies.figures import OTHERS, figure
 from minigpt.studies.lora_rank_findings import MARGIN, RANKS, SHARES, Found, of_text
 from minigpt.studies.report import Figure

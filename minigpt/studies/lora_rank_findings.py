@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from statistics import fmean
 
-from minigpt.metrics import Estimate, mean
+from minigpt.metrics.intervals import Estimate, mean
 from minigpt.studies.claims import SEEDS, Finding, count
 from minigpt.studies.counts import lora_counts
 from minigpt.studies.lab import Result

@@ -35,14 +35,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt import memory
-from minigpt.config import positive
-from minigpt.data import Batch, RandomWindows, consecutive_windows
-from minigpt.generate import generate
-from minigpt.loss import language_model_loss
-from minigpt.metrics import longer_than, popular_tokens
-from minigpt.options import option
-from minigpt.snapshot import fingerprint
+from minigpt.data.text import Batch, RandomWindows, consecutive_windows
+from minigpt.generation import generate
+from minigpt.metrics.intervals import longer_than, popular_tokens
+from minigpt.models.config import positive
+from minigpt.objectives.causal import language_model_loss
+from minigpt.settings.options import option
 from minigpt.studies.decoders import CARROLL, POE, Decoder, load_decoder, sample, starts
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.report import Report
@@ -57,7 +55,9 @@ from minigpt.studies.tuning import (
     trainable,
     tune,
 )
-from minigpt.train import evaluate
+from minigpt.training import memory
+from minigpt.training.snapshot import fingerprint
+from minigpt.training.train import evaluate
 
 TITLE = "Partial fine-tuning: attention and embeddings frozen"
 SOURCES = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt.metrics import Estimate
+from minigpt.metrics.intervals import Estimate
 from minigpt.studies.figures import FROZEN, FULL, HATCHES, OTHERS, figure, line
 from minigpt.studies.lab import Result
 from minigpt.studies.report import Figure

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from minigpt.metrics import Estimate, share
+from minigpt.metrics.intervals import Estimate, share
 from minigpt.studies.lab import Result
 from minigpt.studies.partial_freezing import RULES, TEXTS, Settings
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
 
-from minigpt.metrics import Estimate
+from minigpt.metrics.intervals import Estimate
 from minigpt.studies import partial_freezing_figures as figures
 from minigpt.studies.claims import Finding, count, judge
 from minigpt.studies.lab import Result

@@ -22,7 +22,7 @@ and first classifier.  Cost: peak memory, parameters and bytes on disk, one proc
 the time of a step, all methods in one process, in turn on one batch.
 
 Every method trains the classifier too, and the pooler where it is new (encoder_methods.py), and has
-the command's defaults (minigpt/methods.py).  The peak rates by method are for a small encoder;
+the command's defaults (settings/methods.py).  The peak rates by method are for a small encoder;
 peft_rates.py searches for them on reviews held out of the training part, never on the test part.
 The schedule is linear after a tenth of the steps of warm-up; gradients are clipped to norm 1.
 """
@@ -36,12 +36,17 @@ from pathlib import Path
 import torch
 
 import peft_lite
-from minigpt import memory, methods
-from minigpt.bert import Bert
-from minigpt.checkpoint import save
-from minigpt.classify import ShuffledExamples, classification_loss, consecutive_examples, predict
-from minigpt.config import nearest, positive
-from minigpt.options import option
+from minigpt.checkpoints.directory import save
+from minigpt.models.bert import Bert
+from minigpt.models.config import nearest, positive
+from minigpt.objectives.classify import (
+    ShuffledExamples,
+    classification_loss,
+    consecutive_examples,
+    predict,
+)
+from minigpt.settings import methods
+from minigpt.settings.options import option
 from minigpt.studies import peft_methods_figures as figures
 from minigpt.studies import peft_methods_findings as findings
 from minigpt.studies.encoder_methods import LR, METHODS, attach, new_modules
@@ -58,7 +63,8 @@ from minigpt.studies.report import Report
 from minigpt.studies.timing import in_turn
 from minigpt.studies.training import Step, learn
 from minigpt.studies.words import ran_on
-from minigpt.train import TrainConfig, evaluate
+from minigpt.training import memory
+from minigpt.training.train import TrainConfig, evaluate
 
 TITLE = "Methods of fine-tuning (write-up 003)"
 

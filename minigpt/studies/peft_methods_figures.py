@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from minigpt.metrics import Estimate, mean
+from minigpt.metrics.intervals import Estimate, mean
 from minigpt.studies.encoder_methods import FULL, METHODS
 from minigpt.studies.figures import FROZEN, HATCHES, OTHERS, figure, marks
 from minigpt.studies.figures import FULL as FULL_STYLE

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression, median, stdev, variance
 
-from minigpt.metrics import Estimate, mean, share
+from minigpt.metrics.intervals import Estimate, mean, share
 from minigpt.studies.claims import Finding, about, count, judge
 from minigpt.studies.counts import lora_counts
 from minigpt.studies.encoder_methods import FLOOR, FULL, METHODS

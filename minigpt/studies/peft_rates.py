@@ -13,12 +13,17 @@ from statistics import fmean
 
 import torch
 
-from minigpt.classify import ShuffledExamples, classification_loss, consecutive_examples, score
-from minigpt.options import add_options
+from minigpt.objectives.classify import (
+    ShuffledExamples,
+    classification_loss,
+    consecutive_examples,
+    score,
+)
+from minigpt.settings.options import add_options
 from minigpt.studies.encoder_methods import METHODS, attach, new_modules
 from minigpt.studies.encoders import EVALUATED
 from minigpt.studies.peft_methods import Settings
-from minigpt.train import train
+from minigpt.training.train import train
 
 FACTORS = (0.3, 1.0, 3.0)
 SEEDS = 2

@@ -1,8 +1,8 @@
-"""What the studies measure in each step of a run (minigpt/train.py calls them)."""
+"""What the studies measure in each step of a run (minigpt/training/train.py calls them)."""
 
 from torch import Tensor, nn
 
-from minigpt.train import Row
+from minigpt.training.train import Row
 
 
 class GradientNorms:

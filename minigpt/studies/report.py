@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from minigpt import runs
-from minigpt.snapshot import publish
+from minigpt.settings import runs
 from minigpt.studies.claims import SEEDS, Finding
+from minigpt.training.snapshot import publish
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 

@@ -26,13 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt.config import positive
-from minigpt.data import RandomWindows
-from minigpt.gpt_neo import GPTNeo
-from minigpt.loss import language_model_loss
-from minigpt.metrics import popular_tokens
-from minigpt.options import option
-from minigpt.snapshot import fingerprint
+from minigpt.data.text import RandomWindows
+from minigpt.metrics.intervals import popular_tokens
+from minigpt.models.config import positive
+from minigpt.models.gpt_neo import GPTNeo
+from minigpt.objectives.causal import language_model_loss
+from minigpt.settings.options import option
 from minigpt.studies.decoders import CARROLL, load_decoder, popularity, starts
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.probes import WeightChange
@@ -48,6 +47,7 @@ from minigpt.studies.tuning import (
     trainable,
     tune,
 )
+from minigpt.training.snapshot import fingerprint
 
 TITLE = "Targeted freezing: query, key and value of the upper blocks"
 SOURCES = {"model": "EleutherAI/gpt-neo-125m", "text": "Moby-Dick (Gutenberg 2701)"}

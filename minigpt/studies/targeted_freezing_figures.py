@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from minigpt.metrics import Estimate
+from minigpt.metrics.intervals import Estimate
 from minigpt.studies.figures import FROZEN, FULL, HATCHES, OTHERS, figure, line, marks, smooth
 from minigpt.studies.lab import Result
 from minigpt.studies.report import Figure

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any
 
-from minigpt.metrics import difference, share
+from minigpt.metrics.intervals import difference, share
 from minigpt.studies import targeted_freezing_figures as figures
 from minigpt.studies.claims import Finding, count, judge
 from minigpt.studies.lab import Result

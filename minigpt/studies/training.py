@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from kernels import ClippedAdamW
-from minigpt.data import Batch, moved
-from minigpt.progress import progress_bar
-from minigpt.train import Loss, Probe, Row, TrainConfig, train
+from minigpt.data.text import Batch, moved
+from minigpt.training.progress import progress_bar
+from minigpt.training.train import Loss, Probe, Row, TrainConfig, train
+from minigpt_kernels import ClippedAdamW
 
 
 def learn(

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minigpt.architectures import ARCHITECTURES, outline
-from minigpt.data import RandomWindows
-from minigpt.gpt_neo import GPTNeo, GPTNeoConfig
-from minigpt.loss import language_model_loss
+from minigpt.data.text import RandomWindows
+from minigpt.models.architectures import ARCHITECTURES, outline
+from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
+from minigpt.objectives.causal import language_model_loss
 from minigpt.studies.decoders import Decoder, text_of
 from minigpt.studies.training import learn
-from minigpt.train import Probe, Row, TrainConfig
+from minigpt.training.train import Probe, Row, TrainConfig
 
 Rule = Callable[[str], bool]
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt.metrics import Estimate, mean
+from minigpt.metrics.intervals import Estimate, mean
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:

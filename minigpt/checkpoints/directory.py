@@ -1,0 +1,198 @@
+"""Hugging Face checkpoints in and out of the native models.
+
+Every tensor of a checkpoint finds its place or is known to carry no weight; every place finds its
+tensor, or belongs to a head that the checkpoint lacks.  Anything else is an error that names the
+tensors.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minigpt.checkpoints.source import find, read_tensors
+from minigpt.models.architectures import (
+    Architecture,
+    Model,
+    architecture_of,
+    config_json,
+    outline,
+    read_config,
+)
+from minigpt.models.names import Names
+from minigpt.training.snapshot import publish
+
+logger = logging.getLogger("minigpt")
+
+
+def load(
+    source: str | Path,
+    head: str | None = None,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """The native model of a Hugging Face checkpoint, in evaluation mode.
+
+    Args:
+        source: a directory, the id of a model on the hub, "bundled" or "bundled-bert".
+        head: "causal-lm", "masked-lm", "classification" or "none"; None: what the checkpoint has.
+            A head that the checkpoint lacks is freshly initialised, and a warning says so.
+        num_labels: classes of a classification head; None: what the checkpoint has, else 2.
+
+    Raises:
+        ValueError: no such directory or hub id, an unknown architecture or setting, a broken file,
+            or tensors that are missing, unexpected or of another shape.
+    """
+    directory = find(source)
+    architecture, config, _ = read_config(directory)
+    tensors = _rename(read_tensors(directory), architecture.names)
+    head = head or _head_of(tensors, architecture)
+    classifier = tensors.get("classifier.weight")
+    if num_labels is None:
+        num_labels = 2 if classifier is None else len(classifier)
+    elif num_labels < 1:
+        raise ValueError(f"num_labels is {num_labels}, must be at least 1")
+    elif classifier is not None and len(classifier) != num_labels:
+        # another task's classifier: a fresh one takes its place
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
+    model = outline(architecture, config, head, num_labels)
+    try:
+        state = _match(model, tensors, architecture, head)
+        state = {name: t.to(device=device, dtype=dtype) for name, t in state.items()}
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie()
+        _check_tied(model, state, architecture.names)
+        fresh = _missing(model, state, architecture.names)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    if fresh:
+        _initialize(model, dtype, torch.device(device))
+        logger.warning(
+            "%s lacks %s: freshly initialised, to be trained", directory, ", ".join(fresh)
+        )
+    return model.eval()
+
+
+def save(model: Model, directory: str | Path) -> None:
+    """Writes `config.json` and `model.safetensors` so that `transformers` opens them.
+
+    Raises:
+        ValueError: the model holds tensors that its architecture does not (an adapter, say).
+    """
+    kind, architecture, head, classes = architecture_of(model)
+    plain = outline(architecture, model.config, head, classes).state_dict()
+    state = model.state_dict()
+    if foreign := state.keys() ^ plain.keys():
+        raise ValueError(
+            f"cannot save: {_some(foreign)} make this no plain {kind} model; "
+            "fold or detach what was attached first"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():  # a tied one once: transformers ties it again
+        tensors[model.names.to_hf(name)] = p.detach().contiguous()
+    settings = config_json(model)
+    bias = tensors.get("cls.predictions.bias")
+    if bias is not None and not settings["tie_word_embeddings"]:
+        # transformers then has the bias under two names
+        tensors["cls.predictions.decoder.bias"] = bias.clone()
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    publish(partial, folder / "model.safetensors")
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(settings, indent=2) + "\n")
+    publish(partial, folder / "config.json")
+
+
+def _rename(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Today's full checkpoint names, without what carries no weight."""
+    bare = not any(name.startswith(names.prefix) for name in tensors)
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for old, new in names.renamed.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
+        if bare and names.from_hf(name) == name:
+            name = names.prefix + name
+        if names.is_ignorable(name):
+            continue
+        if name in renamed and not torch.equal(renamed[name], tensor):
+            raise ValueError(f"two different tensors of the checkpoint are both {name}")
+        renamed[name] = tensor
+    return renamed
+
+
+def _head_of(tensors: Iterable[str], architecture: Architecture) -> str:
+    for head, sign in architecture.signs.items():
+        if any(name.startswith(sign) for name in tensors):
+            return head
+    return architecture.default
+
+
+def _match(
+    model: Model, tensors: Mapping[str, Tensor], architecture: Architecture, head: str
+) -> dict[str, Tensor]:
+    """The checkpoint's tensors under native names, each of the shape of its place."""
+    places = model.state_dict()
+    names = architecture.names
+    state: dict[str, Tensor] = {}
+    unexpected = []
+    for hf, tensor in tensors.items():
+        name = names.from_hf(hf)
+        if name in places:
+            if tensor.shape != places[name].shape:
+                want = list(places[name].shape)
+                raise ValueError(f"{hf} is {list(tensor.shape)}, the config wants {want}")
+            state[name] = tensor
+        elif not any(name.startswith(part) for part in architecture.dropped[head]):
+            unexpected.append(hf)
+    if unexpected:
+        raise ValueError(f"{len(unexpected)} tensors have no place: {_some(unexpected)}")
+    return state
+
+
+def _check_tied(model: Model, state: Mapping[str, Tensor], names: Names) -> None:
+    for name, p in model.named_parameters(remove_duplicate=False):
+        given = state.get(name)
+        if given is not None and given.data_ptr() != p.data_ptr() and not torch.equal(given, p):
+            raise ValueError(f"{names.to_hf(name)} differs from the weight it is tied to")
+
+
+def _missing(model: Model, state: Mapping[str, Tensor], names: Names) -> list[str]:
+    """Native names that got no tensor: none, or those of a whole head."""
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    heads = [part for part in ("head.", "pooler.") if not any(n.startswith(part) for n in state)]
+    lost = [n for n in missing if not any(n.startswith(part) for part in heads)]
+    if lost:
+        raise ValueError(f"{len(lost)} tensors are missing: {_some(map(names.to_hf, lost))}")
+    return missing
+
+
+def _initialize(model: Model, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives fresh values to what is still on the meta device."""
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        fresh = {name for name, p in own.items() if p.is_meta}
+        if not fresh:
+            continue
+        for name, p in own.items():
+            empty = torch.empty(p.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(empty))
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        else:
+            model.initialize(module)
+        for name in own.keys() - fresh:  # the tied weight beside a fresh bias stays what it is
+            setattr(module, name, own[name])
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names."""
+    first, *rest = sorted(names)
+    return ", ".join([first, *rest[:3]]) + (", ..." if len(rest) > 3 else "")

@@ -1,0 +1,73 @@
+"""Where a checkpoint comes from: a directory, the hub or the package, and the tensors in its files.
+
+A directory holds its tensors in `model.safetensors`, in shards with an index, or in an older
+`pytorch_model.bin`, of which only plain tensors are ever unpickled.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from peft_lite.tensor_files import read_named_tensors
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {"bundled": ASSETS / "gpt-neo-tales", "bundled-bert": ASSETS / "bert-tales"}
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def find(source: str | Path) -> Path:
+    """The directory itself, a bundled model's for its name, or a local copy of the hub's files.
+
+    Raises:
+        ValueError: there is no such directory, and the hub does not give a model of that id.
+    """
+    path = BUNDLED.get(str(source)) or Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_ID.fullmatch(str(source)):
+        raise ValueError(f"no such model directory: {source}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
+    try:
+        found = Path(snapshot_download(str(source), allow_patterns=files))
+        if not list(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} is no directory, nor a model of the hub: {reason}") from None
+    return found
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, under the names of its files.
+
+    Raises:
+        ValueError: there is no file of tensors, or one is truncated or holds anything else.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{single}.index.json"
+        if (directory / single).exists():
+            return read_named_tensors(directory / single)
+        if index.exists():
+            tensors: dict[str, Tensor] = {}
+            for shard in _shards(index):
+                tensors |= read_named_tensors(directory / shard)
+            return tensors
+    raise ValueError(
+        f"no weights in {directory}: want model.safetensors or pytorch_model.bin, or their index"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"cannot read {index}: {error!r}") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index}: shard {shard!r} lies outside the directory")
+    return shards

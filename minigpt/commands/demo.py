@@ -1,0 +1,93 @@
+"""`make demo`: the bundled model learns a tale's style three ways, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ASSETS = Path(__file__).parents[1] / "assets"
+TALE = ASSETS / "tales" / "carroll.txt"
+COMMON = ["--model", "bundled", "--text", str(TALE), "--steps", "60", "--evaluate-every", "10"]
+METHODS = {
+    "full": ["--lr", "3e-4"],
+    "freeze": ["--lr", "5e-4"],  # attention and embeddings stay, MLPs and norms train
+    "lora": ["--lr", "3e-3", "--target", "all-linear"],
+}
+
+
+def main() -> int:
+    """Runs the three commands, prints one table and the samples, draws the losses."""
+    console = Console()
+    out = next(p for i in count(1) if not (p := Path(f"runs/demo-{i}")).exists())
+    results: dict[str, dict[str, Any]] = {}
+    for method, options in METHODS.items():
+        command = ["finetune", "--method", method, *COMMON, *options, "--out", str(out / method)]
+        console.print(f"[bold]minigpt {' '.join(command)}[/bold]", soft_wrap=True)
+        run = [sys.executable, "-m", "minigpt", *command]
+        status = subprocess.run(run, stdout=subprocess.DEVNULL, check=False).returncode
+        if status:
+            return status
+        results[method] = json.loads((out / method / "summary.json").read_text())
+    console.print(table(results))
+    for method in results:
+        before, after = (out / method / "sample.txt").read_text().split("\n\n--- after ---\n")
+        if method == "full":
+            console.print(before, markup=False, highlight=False)
+        console.print(f"\n--- after, {method} ---\n{after}", markup=False, highlight=False)
+    plot(out, results)
+    console.print(f"losses drawn in {out / 'losses.png'}, everything else beside it")
+    return 0
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    """One row a method."""
+    shown = Table(
+        title=f"GPT-Neo of {results['full']['total_parameters']:,} parameters, {TALE.name}",
+        caption="held-out loss in nats a token; memory: before the model, peak",
+    )
+    names = ("method", "trainable", "%", "before", "after", "seconds", "start MB", "peak MB")
+    for column in names:
+        shown.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for method, r in results.items():
+        shown.add_row(
+            method,
+            f"{r['trainable_parameters']:,}",
+            f"{100 * r['trainable_parameters'] / r['total_parameters']:.2f}",
+            f"{r['heldout_loss_before']:.3f}",
+            f"{r['heldout_loss_after']:.3f}",
+            f"{r['seconds']:.1f}",
+            f"{r['memory_before_model_bytes'] / 1e6:.0f}",
+            f"{r['peak_memory_bytes'] / 1e6:.0f}",
+        )
+    return shown
+
+
+def plot(out: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Training loss of each step, lines, and held-out losses, marks, against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for (method, result), style in zip(results.items(), ("-", "--", ":"), strict=True):
+        lines = (out / method / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], style, label=method)
+        held = [(0, result["heldout_loss_before"])]
+        held += [(r["step"], r["heldout_loss"]) for r in rows if "heldout_loss" in r]
+        colour = axes.lines[-1].get_color()
+        axes.plot(*zip(*held, strict=True), "o", color=colour, label=f"{method}, held out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=TALE.name)
+    axes.legend(ncols=3, fontsize="small")
+    figure.savefig(out / "losses.png", dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

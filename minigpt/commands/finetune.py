@@ -1,0 +1,160 @@
+"""`minigpt finetune`: a pretrained decoder, a text, a method -> an adapter, metrics, a sample."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoints.directory import load, save
+from minigpt.checkpoints.source import find
+from minigpt.data.text import RandomWindows, consecutive_windows, read_text, split_text
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.generation import generate
+from minigpt.models.config import positive
+from minigpt.models.gpt_neo import GPTNeo
+from minigpt.objectives.causal import language_model_loss
+from minigpt.settings import methods, runs
+from minigpt.settings.methods import MethodOptions
+from minigpt.settings.options import option
+from minigpt.training import memory
+from minigpt.training.progress import progress_bar
+from minigpt.training.schedule import SCHEDULES
+from minigpt.training.train import TrainConfig, checkpoint_activations, evaluate, train
+from peft_lite import report
+
+LR = {
+    "full": 5e-5,
+    "freeze": 5e-5,
+    "bias": 1e-3,
+    "lora": 1e-3,
+    "dora": 1e-3,
+    "ia3": 3e-3,
+    "bottleneck": 1e-3,
+    "prefix": 1e-2,
+    "prompt": 1e-2,
+}
+PROMPT, SAMPLE = 24, 120  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(MethodOptions):
+    """The command's settings."""
+
+    model: str = option('a model directory, a hub id, or "bundled"')
+    text: str = option("the text to learn from, UTF-8")
+    steps: int = option("updates", 200)
+    batch_size: int = option("windows in a batch", 8)
+    sequence_length: int = option("tokens in a window", 128)
+    lr: float | None = option(
+        "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
+        None,
+    )
+    schedule: str = option("course of the rate after warm-up", "linear", choices=SCHEDULES)
+    warmup_steps: int = option("updates of warm-up", 0)
+    schedule_steps: int | None = option("length of the schedule (default: steps)", None)
+    weight_decay: float = option("AdamW's", 0.01)
+    max_norm: float = option("clip the gradient norm to this", 1.0)
+    accumulate: int = option("batches in an update", 1)
+    bf16: bool = option("compute in bfloat16 where it is safe", False)
+    checkpoint_activations: bool = option("less memory, more time", False)
+    heldout: float = option("share of the text, at its end, that is only measured", 0.1)
+    evaluate_every: int = option("steps between two held-out losses", 50)
+    snapshot_every: int = option("steps between two snapshots to resume from", 50)
+    seed: int = option("of the windows, the start of the adapter, dropout and the sample", 0)
+
+
+def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
+    """Runs, and writes to OUT `model/` (full, freeze) or `adapter/` (all others), `metrics.jsonl`,
+    `sample.txt` and `summary.json`, whose content it returns.
+    """
+    before_model = memory.resident()
+    if not 0 < settings.heldout < 1:
+        raise ValueError(f"--heldout is {settings.heldout}, must lie between 0 and 1")
+    positive(settings, "batch_size", "sequence_length")
+    if not 0 <= settings.seed < 2**63:
+        raise ValueError(f"--seed is {settings.seed}, must lie in [0, 2^63)")
+    lr = LR[settings.method] if settings.lr is None else settings.lr
+    config = TrainConfig(
+        steps=settings.steps,
+        lr=lr,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        schedule_steps=settings.schedule_steps,
+        weight_decay=settings.weight_decay,
+        max_norm=settings.max_norm,
+        accumulate=settings.accumulate,
+        bf16=settings.bf16,
+        evaluate_every=settings.evaluate_every,
+        snapshot_every=settings.snapshot_every,
+    )
+    text = read_text(Path(settings.text))
+    directory = find(settings.model)
+    tokenizer = Tokenizer.load(directory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(directory, head="causal-lm", device=device)
+    assert isinstance(model, GPTNeo)
+    tokenizer.check(model.config.vocab_size)
+    train_ids, heldout_ids = (
+        torch.tensor(tokenizer.encode(part)) for part in split_text(text, settings.heldout)
+    )
+    length, size = settings.sequence_length, settings.batch_size
+    batches = RandomWindows(train_ids, length, size, settings.seed)
+    heldout = list(consecutive_windows(heldout_ids, length, size))
+    torch.manual_seed(settings.seed)
+    handle = methods.attach(model, settings)
+    if settings.sequence_length > model.max_tokens:
+        raise ValueError(
+            f"--sequence-length is {settings.sequence_length}, there are "
+            f"{model.max_tokens} positions for tokens"
+        )
+    if settings.checkpoint_activations:
+        checkpoint_activations(model.blocks)
+    runs.claim(out, "finetune", settings)
+
+    counts = report(model)
+    before = evaluate(model, language_model_loss, heldout, settings.bf16)
+    limit = min(PROMPT, model.max_tokens // 2)
+    prompt = heldout_ids[None, :limit].to(device)
+    sample_before = _sample(model, tokenizer, prompt, settings.seed)
+    tokens = size * length * settings.accumulate
+    with progress_bar(settings.method, settings.steps, tokens) as observe:
+        rows = train(model, language_model_loss, batches, config, out, heldout, resume, observe)
+    after = evaluate(model, language_model_loss, heldout, settings.bf16)
+    sample_after = _sample(model, tokenizer, prompt, settings.seed)
+
+    result = "model" if handle is None or settings.method == "freeze" else "adapter"
+    written = out / f"{result}.partial"
+    if result == "adapter" and handle is not None:
+        handle.save(written)
+    else:
+        save(model, written)
+        tokenizer.save(written)
+    runs.replace_folder(written, out / result)
+    (out / "sample.txt").write_text(
+        f"--- before ---\n{sample_before}\n\n--- after ---\n{sample_after}\n"
+    )
+    summary: dict[str, object] = {
+        "method": settings.method,
+        "trainable_parameters": counts.trainable,
+        "total_parameters": counts.total,
+        "heldout_loss_before": before,
+        "heldout_loss_after": after,
+        "seconds": sum(row["seconds"] for row in rows),
+        "memory_before_model_bytes": before_model,
+        "peak_memory_bytes": memory.peak(),
+        "result_bytes": sum(f.stat().st_size for f in (out / result).glob("*.safetensors")),
+        "config": {**asdict(settings), "lr": lr},
+    }
+    runs.write(out / "summary.json", summary)
+    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    return summary
+
+
+def _sample(model: GPTNeo, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
+    """What the model makes of the beginning of the held-out text."""
+    new = min(SAMPLE, model.max_tokens - prompt.size(1))
+    random = torch.Generator(prompt.device).manual_seed(seed)
+    ids = generate(model, prompt, new, temperature=0.8, top_k=50, generator=random)
+    return tokenizer.decode(ids[0].tolist())

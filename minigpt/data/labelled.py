@@ -1,0 +1,149 @@
+"""Texts with a label, 0 negative or 1 positive, out of a file:  read_labelled("mine.csv").
+
+`.jsonl` holds one object a line, `.csv` a header; both may end in `.gz`.  The fields are `text` and
+`label`, or `review` and `sentiment`, as in copies of IMDB (Maas et al. 2011, "Learning Word Vectors
+for Sentiment Analysis").
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Rows = list[tuple[str, int]]
+
+LABELS = ("negative", "positive")
+VALUES = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
+BUNDLED = Path(__file__).parents[1] / "assets" / "reviews"
+
+
+def read_parts(source: str | Path) -> tuple[Rows, Rows]:
+    """The training and the test part: files `train.*` and `test.*` of a folder, or of the package
+    for "bundled".
+
+    Raises:
+        ValueError: there is no such folder, or not one file for each part, or one cannot be read.
+    """
+    folder = BUNDLED if source == "bundled" else Path(source)
+    if not folder.is_dir():
+        raise ValueError(f'no such folder of labelled texts: {source}; "bundled" is the package\'s')
+    return read_labelled(_part(folder, "train")), read_labelled(_part(folder, "test"))
+
+
+def read_labelled(path: str | Path) -> Rows:
+    """The texts of a file with their labels, in its order.
+
+    Raises:
+        ValueError: the suffix is unknown, the file cannot be read, a row lacks a text or
+            a label, or all rows have one label.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        nearest = get_close_matches("".join(path.suffixes[-2:]), SUFFIXES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"{path}: the name must end in one of {', '.join(SUFFIXES)}; nearest: {nearest}"
+        )
+    fields = _csv if ".csv" in path.suffixes[-2:] else _jsonl
+    rows = [_row(found, f"{path}, line {line}") for line, found in fields(_decode(path), path)]
+    labels = {label for _, label in rows}
+    if len(labels) < 2:
+        there = f"all {len(rows)} rows are {LABELS[labels.pop()]}" if rows else "there is no row"
+        raise ValueError(f"{path}: want texts of both labels, {' and '.join(LABELS)}, but {there}")
+    return rows
+
+
+def balanced(rows: Rows, n: int, seed: int) -> Rows:
+    """`n` of the rows, half of each label, drawn and ordered at random.
+
+    Raises:
+        ValueError: n is odd or not positive, or there are fewer than n / 2 rows of a label.
+    """
+    if n < 2 or n % 2:
+        raise ValueError(f"n must be even and at least 2, to be half of each label; got {n}")
+    random = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for label, name in enumerate(LABELS):
+        places = [i for i, row in enumerate(rows) if row[1] == label]
+        if len(places) < n // 2:
+            raise ValueError(f"n = {n} needs {n // 2} {name} rows, there are {len(places)}")
+        chosen += random.permutation(places)[: n // 2].tolist()
+    return [rows[i] for i in random.permutation(chosen)]
+
+
+def _part(folder: Path, name: str) -> Path:
+    found = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    if len(found) != 1:
+        there = " and ".join(path.name for path in found) or "none"
+        raise ValueError(
+            f"{folder}: want one file {name} in one of {', '.join(SUFFIXES)}; there: {there}"
+        )
+    return found[0]
+
+
+def _decode(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}, line {number}: want an object, got {fields!r:.80}")
+        yield number, fields
+
+
+def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(lines, [])
+        for cells in lines:
+            if len(cells) != len(header):
+                raise csv.Error(f"{len(cells)} cells under a header of {len(header)}")
+            yield lines.line_num, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {lines.line_num} is not CSV: {error}") from None
+
+
+def _row(fields: dict[str, Any], where: str) -> tuple[str, int]:
+    text = _field(fields, "text", "review", where)
+    label = _field(fields, "label", "sentiment", where)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the text must not be empty, got {text!r:.80}")
+    if label is None or str(label).strip() in ("", "-1"):
+        raise ValueError(f"{where} has no label: got {label!r}, want one of {', '.join(VALUES)}")
+    value = VALUES.get(str(label).strip().lower())
+    if value is None:
+        nearest = get_close_matches(str(label).lower(), VALUES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"{where}: label {label!r:.80} must be one of {', '.join(VALUES)}; nearest: {nearest}"
+        )
+    return text, value
+
+
+def _field(fields: dict[str, Any], name: str, other: str, where: str) -> Any:
+    for key in (name, other):
+        if key in fields:
+            return fields[key]
+    found = ", ".join(fields) or "none"
+    raise ValueError(f"{where} has no field {name} (or {other}); found: {found:.200}")

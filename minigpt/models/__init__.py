@@ -1,0 +1,1 @@
+"""The models, and the parts they are built from."""

@@ -1,0 +1,236 @@
+"""GPT-Neo, a decoder.  Black et al. 2021, https://doi.org/10.5281/zenodo.5297715
+
+    x_0     = token[id] + position[t]
+    x      <- x + attention(norm(x))        causal, unscaled: softmax(Q K^T) V, no q/k/v bias
+    x      <- x + mlp(norm(x))              gelu_new, inner width 4 D
+    logits  = norm(x_L) token^T             the head is tied to the token embedding
+
+Odd blocks attend locally: query t sees the last `window_size` keys only.
+
+Shapes:  B batch   T time   S slots (cached and new)
+         D width   H heads   N head width   V vocabulary
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.models.attention import Attention, Cache, positions, visible
+from minigpt.models.config import one_of, positive, probability
+from minigpt.models.linear import Linear
+from minigpt.models.mlp import ACTIVATIONS, MLP
+from minigpt.models.names import Names
+from minigpt.models.slots import NoPrompt
+
+NAMES = Names(
+    {
+        "embeddings.token": "transformer.wte",
+        "embeddings.position": "transformer.wpe",
+        "blocks.{}": "transformer.h.{}",
+        "blocks.{}.attention_norm": "transformer.h.{}.ln_1",
+        "blocks.{}.attention": "transformer.h.{}.attn.attention",
+        "blocks.{}.attention.query": "transformer.h.{}.attn.attention.q_proj",
+        "blocks.{}.attention.key": "transformer.h.{}.attn.attention.k_proj",
+        "blocks.{}.attention.value": "transformer.h.{}.attn.attention.v_proj",
+        "blocks.{}.attention.output": "transformer.h.{}.attn.attention.out_proj",
+        "blocks.{}.mlp_norm": "transformer.h.{}.ln_2",
+        "blocks.{}.mlp": "transformer.h.{}.mlp",
+        "blocks.{}.mlp.up": "transformer.h.{}.mlp.c_fc",
+        "blocks.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    prefix="transformer.",
+    ignorable=[r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)"],
+)
+
+
+@dataclass(frozen=True)
+class GPTNeoConfig:
+    """Shapes and constants, under the names of Hugging Face's config.json."""
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 2048
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int | None = None  # None: 4 hidden_size
+    attention_layers: tuple[str, ...] | None = None  # None: global, local, global, local, ...
+    window_size: int = 256
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    resid_dropout: float = 0.0
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        positive(self, "vocab_size", "max_position_embeddings", "hidden_size", "num_layers")
+        positive(self, "num_heads", "window_size")
+        probability(self, "embed_dropout", "attention_dropout", "resid_dropout")
+        one_of(self, "activation_function", ACTIVATIONS)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}"
+            )
+        if len(self.layers) != self.num_layers or not {*self.layers} <= {"global", "local"}:
+            raise ValueError(
+                f"attention_layers {list(self.layers)}: want num_layers = {self.num_layers} "
+                "entries, each 'global' or 'local'"
+            )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """What each block sees: 'global' or 'local'."""
+        alternating = tuple(("global", "local")[i % 2] for i in range(self.num_layers))
+        return alternating if self.attention_layers is None else self.attention_layers
+
+    @property
+    def inner(self) -> int:
+        return self.intermediate_size or 4 * self.hidden_size
+
+
+class Embeddings(nn.Module):
+    """ids (B, T) and their positions (B or 1, T) -> x_0 (B, T, D)."""
+
+    def __init__(self, config: GPTNeoConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.prompt = NoPrompt()
+        self.dropout = nn.Dropout(config.embed_dropout)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, start: bool) -> Tensor:
+        x, position_ids = self.prompt(self.token(input_ids), position_ids, start)
+        return self.dropout(x + self.position(position_ids))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTNeoConfig, kind: str) -> None:
+        super().__init__()
+        width, epsilon = config.hidden_size, config.layer_norm_epsilon
+        self.attention_norm = nn.LayerNorm(width, epsilon)
+        self.attention = Attention(
+            width,
+            config.num_heads,
+            scale=1.0,
+            bias=False,
+            dropout=config.attention_dropout,
+            window=config.window_size if kind == "local" else None,
+        )
+        self.mlp_norm = nn.LayerNorm(width, epsilon)
+        self.mlp = MLP(width, config.inner, config.activation_function)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, causal: bool, cache: Cache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, causal, cache))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class GPTNeo(nn.Module):
+    """Token ids (B, T) -> logits (B, T, V) of the next token at every position.
+
+    Args:
+        config: shapes and constants.
+        head: "causal-lm", or "none" for the states (B, T, D) that the head would read.
+    """
+
+    heads = ("causal-lm", "none")
+
+    def __init__(self, config: GPTNeoConfig, head: str = "causal-lm") -> None:
+        super().__init__()
+        self.config = config
+        self.names = NAMES.bare() if head == "none" else NAMES
+        self.task_type = "FEATURE_EXTRACTION" if head == "none" else "CAUSAL_LM"  # for HF PEFT
+        self.embeddings = Embeddings(config)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layers)
+        self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.head: nn.Module = nn.Identity()
+        if head == "causal-lm":
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self.initialize)
+        self.tie()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """`attention_mask` (B, T): 0 for padding.  `position_ids` (B or 1, T): 0, 1, 2, ... unless
+        given.  -> logits (B, T, V)
+        """
+        return self.head(self.hidden(input_ids, attention_mask, position_ids))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        caches: list[Cache] | None = None,
+    ) -> Tensor:
+        """The states (B, T, D) that the head reads.
+
+        With `caches` the T tokens follow those cached: S = cached + T, and `attention_mask` is
+        (B, S).
+        """
+        prompt = self.embeddings.prompt
+        cached = caches[0].length if caches else 0
+        start = cached == 0
+        T = input_ids.size(1)
+        S = T + (0 if start else cached - prompt.length)
+        if position_ids is None:
+            position_ids = positions(T, S, self.max_tokens, input_ids.device)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (prompt.length, 0), value=1)
+        x = self.embeddings(input_ids, position_ids, start)
+        T, S = x.size(1), cached + x.size(1)  # with the prompt
+        masks = {
+            "global": self._mask(T, S, None, attention_mask, input_ids.device),
+            "local": self._mask(T, S, self.config.window_size, attention_mask, input_ids.device),
+        }
+        for i, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
+            x = block(x, *masks[kind], caches[i] if caches else None)
+        return self.final_norm(x[:, T - input_ids.size(1) :])
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions there are for tokens."""
+        return self.config.max_position_embeddings - self.embeddings.prompt.shift
+
+    def _mask(
+        self, T: int, S: int, window: int | None, padding: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, bool]:
+        """Mask and `causal` of one kind of block.  Where neither padding nor the window bites,
+        attention needs no mask: one query sees everything, T = S queries see a triangle.
+        """
+        if padding is None and (window is None or window >= S) and T in (1, S):
+            return None, T > 1
+        return visible(T, S, window, padding, device), False
+
+    def new_caches(self, batch: int, slots: int) -> list[Cache]:
+        """Empty caches for `slots` tokens of each of `batch` rows."""
+        c, like = self.config, self.final_norm.weight
+        slots += self.embeddings.prompt.length
+        return [
+            Cache(batch, c.num_heads, slots, c.hidden_size // c.num_heads, like)
+            for _ in self.blocks
+        ]
+
+    def tie(self) -> None:
+        """Makes the head's weight the token embedding's, one parameter under two names."""
+        if self.config.tie_word_embeddings and isinstance(self.head, nn.Linear):
+            self.head.weight = self.embeddings.token.weight
+
+    def initialize(self, module: nn.Module) -> None:
+        """Weights from N(0, initializer_range^2), biases 0, norms 1."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,1 @@
+"""Objectives: a batch and a model into a loss."""

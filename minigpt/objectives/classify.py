@@ -1,0 +1,151 @@
+"""Labelled texts -> batches, their loss and their accuracy.  Devlin et al. 2018, section 4.1,
+https://arxiv.org/abs/1810.04805
+
+    a row    [CLS] text [SEP] [PAD] ...      cut to at most T tokens, filled to the batch's longest
+    loss     = mean over rows of  - log softmax(logits)[label]
+    accuracy = share of rows whose largest logit is the label's
+
+A batch is a dictionary: `input_ids` and `attention_mask` (B, T), `labels` (B,).  Shuffled batch
+number i is a function of the seed and i alone, as in minigpt/data/text.py.
+
+Shapes:  B batch   T time
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigpt.data.text import Batch, moved
+from minigpt.data.tokenizer import MARKS, Tokenizer
+from minigpt.metrics.intervals import Estimate, share
+from minigpt.models.bert import Bert
+from minigpt.models.mode import mode
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of token ids with its marks, and the number of its class."""
+
+    ids: list[int]
+    label: int
+
+
+def encode(
+    texts: Iterable[tuple[str, int]], tokenizer: Tokenizer, max_length: int
+) -> list[Example]:
+    """Pairs of text and label -> examples of at most `max_length` tokens, marks included.
+
+    Raises:
+        ValueError: no room for a token between the marks, a tokenizer without them, or a negative
+            label.
+    """
+    if max_length <= MARKS:
+        raise ValueError(
+            f"max_length is {max_length}, must be at least {MARKS + 1}: [CLS], a token and [SEP]"
+        )
+    special = tokenizer.special
+    examples = []
+    for text, label in texts:
+        if label < 0:
+            raise ValueError(f"label {label} of {text[:40]!r}, must be 0, 1, 2, ...")
+        ids = tokenizer.encode(text)[: max_length - MARKS]
+        examples.append(Example([special.first, *ids, special.last], label))
+    return examples
+
+
+def collate(examples: Sequence[Example], pad: int) -> Batch:
+    """Rows filled with `pad` to the longest."""
+    longest = max(len(example.ids) for example in examples)
+    rows = [example.ids + [pad] * (longest - len(example.ids)) for example in examples]
+    real = [[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in examples]
+    return {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": torch.tensor(real),
+        "labels": torch.tensor([example.label for example in examples]),
+    }
+
+
+@dataclass(frozen=True)
+class ShuffledExamples:
+    """Batch i: the rows i B to i B + B - 1 of an endless row of epochs, each of which holds every
+    example once in an order of its own.
+    """
+
+    examples: Sequence[Example]
+    batch_size: int
+    seed: int
+    pad: int
+
+    def __post_init__(self) -> None:
+        _check(self.examples, self.batch_size)
+
+    def __call__(self, i: int) -> Batch:
+        n = len(self.examples)
+        rows = (divmod(row, n) for row in range(i * self.batch_size, (i + 1) * self.batch_size))
+        chosen = [self.examples[_order(self.seed, epoch, n)[place]] for epoch, place in rows]
+        return collate(chosen, self.pad)
+
+
+def consecutive_examples(examples: Sequence[Example], batch_size: int, pad: int) -> Iterator[Batch]:
+    """Every example once, in order."""
+    _check(examples, batch_size)
+    for start in range(0, len(examples), batch_size):
+        yield collate(examples[start : start + batch_size], pad)
+
+
+def classification_loss(model: Bert, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats over the rows."""
+    # - log softmax(logits)[label]
+    return F.cross_entropy(class_logits(model, batch), batch["labels"])
+
+
+def accuracy(model: Bert, batches: Iterable[Batch]) -> Estimate:
+    """Share of rows whose largest logit is the label's, with its interval; the mode stays."""
+    return score(model, batches)[1]
+
+
+def score(model: Bert, batches: Iterable[Batch]) -> tuple[float, Estimate]:
+    """Mean cross-entropy in nats over the rows, and the accuracy, out of one pass."""
+    logits, labels = predict(model, batches)
+    right = int((logits.argmax(-1) == labels).sum())
+    return F.cross_entropy(logits, labels).item(), share(right, len(labels))
+
+
+@torch.no_grad()
+def predict(model: Bert, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) and labels (n,) of all rows, on the CPU; without dropout, the mode
+    stays.
+    """
+    device = next(model.parameters()).device
+    with mode(model, training=False):
+        pairs = [
+            (class_logits(model, moved(batch, device)).cpu(), batch["labels"]) for batch in batches
+        ]
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def class_logits(model: Bert, batch: Batch) -> Tensor:
+    """(B, classes).  Raises ValueError for a label beyond them."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    label, classes = int(batch["labels"].max()), logits.size(-1)
+    if label >= classes:
+        raise ValueError(f"label {label}, the model has {classes} classes: 0 to {classes - 1}")
+    return logits
+
+
+@lru_cache(maxsize=2)  # a batch touches one epoch, or two
+def _order(seed: int, epoch: int, n: int) -> list[int]:
+    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def _check(examples: Sequence[Example], batch_size: int) -> None:
+    if not examples:
+        raise ValueError("there are no examples")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")

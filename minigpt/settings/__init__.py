@@ -1,0 +1,1 @@
+"""What the commands and the studies can be told."""

@@ -1,0 +1,47 @@
+"""A progress bar: steps done, loss, speed and time left."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from minigpt.training.train import Row
+
+
+@contextmanager
+def progress_bar(title: str, steps: int, tokens_a_step: int) -> Iterator[Callable[[Row], None]]:
+    """Shows the rows it is called with on stderr; a line now and then where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda row: _line(title, steps, row)
+        return
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=steps, loss=float("nan"), speed=0.0)
+
+        def show(row: Row) -> None:
+            speed = tokens_a_step / row["seconds"]
+            bar.update(task, completed=int(row["step"]), loss=row["loss"], speed=speed)
+
+        yield show
+
+
+def _line(title: str, steps: int, row: Row) -> None:
+    step = int(row["step"])
+    if step == steps or step % max(1, steps // 10) == 0:
+        print(f"{title}: step {step}/{steps}, loss {row['loss']:.3f}", file=sys.stderr, flush=True)

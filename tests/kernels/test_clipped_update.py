@@ -1,0 +1,437 @@
+"""Clip and update against torch's own two calls and against float64, by torch and by Triton."""
+
+import copy
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minigpt_kernels import ClippedAdamW, ClippedSGD, clipped_update
+from minigpt_kernels.backend import resolve
+from tests.kernels import update_checks as checks
+from tests.kernels.update_checks import EPS, close, parameters, set_grads, twins
+
+BACKENDS = ["torch", "triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hundred_steps_are_those_of_torch(backend: str) -> None:
+    checks.many_steps_are_those_of_torch(backend, [(7, 5), (3,), (11, 9), (0, 3)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_error_is_no_larger_than_torchs(backend: str) -> None:
+    checks.a_step_is_as_exact_as_torchs(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend: str) -> None:
+    checks.two_runs_give_the_same_bits(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_moves_is_found(backend: str) -> None:
+    checks.what_moves_is_found(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_step_of_adamw_is_the_closed_form(backend: str, clipped: bool) -> None:
+    params = parameters()
+    c = 0.5 if clipped else 1e6
+    optimizer = ClippedAdamW(params, 1e-2, (0.9, 0.999), 1e-8, 0.1, c, backend)
+    theta = [p.detach().double().numpy().copy() for p in params]
+    m, v = ([np.zeros_like(x) for x in theta] for _ in range(2))
+    for t in range(1, 4):
+        set_grads(t, params)
+        g = [p.grad.double().numpy() for p in params]
+        norm = math.sqrt(sum((x**2).sum() for x in g))
+        clip = min(1.0, c / (norm + 1e-6))
+        assert (clip < 1) == clipped
+        assert optimizer.step().item() == pytest.approx(norm, rel=1e-6)
+        for i, x in enumerate(theta):
+            m[i] = 0.9 * m[i] + 0.1 * clip * g[i]
+            v[i] = 0.999 * v[i] + 0.001 * (clip * g[i]) ** 2
+            x -= 1e-2 * 0.1 * x
+            x -= 1e-2 * (m[i] / (1 - 0.9**t)) / (np.sqrt(v[i] / (1 - 0.999**t)) + 1e-8)
+    for p, x in zip(params, theta, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), x, rtol=20 * EPS, atol=20 * EPS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("c", "size"), checks.BOUNDS)
+def test_a_step_of_sgd_is_the_closed_form_and_no_longer_than_its_bound(
+    backend: str, c: float, size: float
+) -> None:
+    checks.a_step_of_sgd_is_the_closed_form(backend, c, size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(backend: str, kind: type, bad: float) -> None:
+    checks.a_norm_that_is_not_finite_changes_nothing(backend, kind, bad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
+def test_halves_on_two_processes_are_a_step_on_one(backend: str, kind: type) -> None:
+    whole = parameters()
+    parts = twins(whole)
+    one = kind(whole, lr=1e-2, max_norm=0.5, backend=backend)
+    first, second = (
+        kind(some, lr=1e-2, max_norm=0.5, backend=backend) for some in (parts[:3], parts[3:])
+    )
+    for step in range(3):
+        set_grads(step, whole, parts)
+        norm = one.step()
+        total = first.sum_of_squares() + second.sum_of_squares()
+        for half in (first, second):
+            torch.testing.assert_close(half.update(total), norm)
+    close(parts, whole, ulps=20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_its_state_is_one_of_torch_and_the_other_way_round(backend: str) -> None:
+    ours = parameters()
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend=backend)
+    for step in range(3):
+        set_grads(step, ours)
+        mine.step()
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            q.copy_(p)
+    torchs = torch.optim.AdamW(theirs, lr=5.0)
+    torchs.load_state_dict(copy.deepcopy(mine.state_dict()))
+    assert torchs.param_groups[0]["lr"] == 1e-2
+    again = twins(theirs)
+    back = ClippedAdamW(again, 7.0, max_norm=0.5, backend=backend)
+    back.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    for step in range(3, 6):
+        set_grads(step, ours, theirs, again)
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        torchs.step()
+        back.step()
+    close(ours, theirs, ulps=50)
+    close(ours, again, ulps=1)
+    assert back.state[again[0]]["step"].item() == 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_share_one_norm_and_have_their_own_settings(backend: str) -> None:
+    ours = parameters()
+    theirs = twins(ours)
+
+    def groups(params: list[nn.Parameter]) -> list[dict[str, object]]:
+        return [
+            {"params": params[:2], "lr": 1e-2},
+            {"params": params[2:], "lr": 3e-2, "weight_decay": 0.3},
+        ]
+
+    mine = ClippedAdamW(groups(ours), max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(groups(theirs))
+    for step in range(3):
+        set_grads(step, ours, theirs)
+        mine.param_groups[0]["lr"] = torchs.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        torch.testing.assert_close(mine.step(), nn.utils.clip_grad_norm_(theirs, 0.5))
+        torchs.step()
+    close(ours, theirs, ulps=50)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipping_can_begin_later(backend: str) -> None:
+    ours = parameters()
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=math.inf, backend=backend)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    for step in range(4):
+        c = math.inf if step < 2 else 0.1
+        mine.param_groups[0]["max_norm"] = c
+        set_grads(step, ours, theirs)
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, c)
+        torchs.step()
+    close(ours, theirs, ulps=50)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_without_gradient_stays(backend: str) -> None:
+    params = parameters()
+    optimizer = ClippedAdamW(params, 1e-2, backend=backend)
+    set_grads(0, params)
+    params[1].grad = None
+    before = params[1].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert params[1] not in optimizer.state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_transposed_gradient_at_the_same_address_is_found(backend: str) -> None:
+    p = nn.Parameter(torch.zeros(3, 3))
+    optimizer = ClippedSGD([p], lr=1.0, max_norm=math.inf, backend=backend)
+    g = torch.arange(9.0).view(3, 3)
+    p.grad = g
+    optimizer.step()
+    p.grad = g.T
+    if backend == "triton":
+        with pytest.raises(ValueError, match=r"contiguous float32 tensors, .* strides \(1, 3\)"):
+            optimizer.step()
+        p.grad = g.T.contiguous()
+    optimizer.step()
+    assert torch.equal(p.detach(), -(g + g.T))
+
+
+def test_a_parameter_cut_at_the_same_address_is_found() -> None:
+    p = nn.Parameter(torch.ones(10))
+    optimizer = ClippedAdamW([p], backend="triton")
+    p.grad = torch.ones(10)
+    optimizer.step()
+    whole, p.grad = p.data, None
+    p.data = p.data[:4]
+    p.grad = torch.ones(4)
+    before = whole.clone()
+    with pytest.raises(ValueError, match=r"\[10\] on cpu beside \[4\] on cpu"):
+        optimizer.step()
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_may_join_later(backend: str) -> None:
+    ours = parameters()
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours[:6], 1e-2, max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(theirs[:6], 1e-2)
+    for step in range(5):
+        set_grads(step, ours, theirs)
+        if step < 2:
+            ours[3].grad = theirs[3].grad = None  # has made fewer steps than the others
+        if step < 3:
+            for p in (*ours[6:], *theirs[6:]):
+                p.grad = None
+        if step == 3:
+            for optimizer, params in ((mine, ours), (torchs, theirs)):
+                optimizer.add_param_group({"params": params[6:], "lr": 3e-2})
+        torch.testing.assert_close(mine.step(), nn.utils.clip_grad_norm_(theirs, 0.5))
+        torchs.step()
+    close(ours, theirs, ulps=50)
+    assert [mine.state[p]["step"].item() for p in (ours[0], ours[3], ours[7])] == [5, 3, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_of_one_size_take_turns(backend: str) -> None:
+    ours = parameters([(5000,)] * 2)
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    for step, turn in enumerate((0, 0, 1, 0, 1, 1, 1)):
+        set_grads(step, ours, theirs)
+        ours[1 - turn].grad = theirs[1 - turn].grad = None
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        torchs.step()
+        close(ours, theirs, ulps=50)
+    assert [mine.state[p]["step"].item() for p in ours] == [3, 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_loaded_between_steps_counts_from_there(backend: str) -> None:
+    ours = parameters()
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend=backend)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    for step in range(6):
+        set_grads(step, ours, theirs)
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        torchs.step()
+        if step == 1:
+            kept = copy.deepcopy(mine.state_dict()), copy.deepcopy(torchs.state_dict())
+        if step == 3:
+            mine.load_state_dict(kept[0])
+            torchs.load_state_dict(kept[1])
+    close(ours, theirs, ulps=50)
+    assert mine.state[ours[2]]["step"].item() == 4
+
+
+def test_a_state_of_torchs_own_keeps_our_clip() -> None:
+    params = parameters()
+    torchs = torch.optim.AdamW(params, 5.0)
+    set_grads(0, params)
+    torchs.step()
+    mine = ClippedAdamW(params, 1e-2, max_norm=0.25)
+    mine.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    assert mine.param_groups[0]["lr"] == 5.0
+    assert mine.param_groups[0]["max_norm"] == 0.25
+    mine.step()
+    other = torch.optim.AdamW(params, amsgrad=True)
+    with pytest.raises(ValueError, match="amsgrad=True, must be False"):
+        mine.load_state_dict(other.state_dict())
+    assert mine.state[params[0]]["step"].item() == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_goes_on_by_itself(backend: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = ClippedAdamW(model.parameters(), 0.1, max_norm=0.5, backend=backend)
+    set_grads(0, [*model.parameters()])
+    optimizer.step()
+    other, twin = copy.deepcopy((model, optimizer))
+    before = [p.detach().clone() for p in model.parameters()]
+    set_grads(1, [*other.parameters()])
+    twin.step()
+    assert all(torch.equal(p, x) for p, x in zip(model.parameters(), before, strict=True))
+    set_grads(1, [*model.parameters()])
+    optimizer.step()
+    close([*other.parameters()], [*model.parameters()], ulps=0)
+    assert optimizer.state[model.weight]["step"].item() == 2
+
+
+def test_any_groups_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel: object) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> object:
+            launched.append(grid)
+            return self.kernel[grid]
+
+    for name in ("squares_kernel", "adamw_kernel"):
+        monkeypatch.setattr(clipped_update, name, Counted(getattr(clipped_update, name)))
+    params = parameters()
+    groups = [{"params": [p], "lr": 0.1 * k} for k, p in enumerate(params)]
+    optimizer = ClippedAdamW(groups, backend="triton")
+    for step in range(3):
+        set_grads(step, params)
+        optimizer.step()
+        assert len(launched) == 2 * (step + 1)
+    assert launched[:2] == [(15,), (15,)]  # programs
+
+
+def test_settings_are_written_where_they_were() -> None:
+    ours = parameters([(5,), (6,)])
+    theirs = twins(ours)
+    groups = [{"params": [p]} for p in ours]
+    mine = ClippedAdamW(groups, 1e-2, max_norm=0.5, backend="triton")
+    set_grads(0, ours)
+    mine.step()
+    tables = mine._tables
+    assert tables is not None
+    where, version = tables.settings.data_ptr(), tables.settings._version
+    mine.step()
+    assert tables.settings._version == version
+    mine.param_groups[1].update(lr=3e-2, max_norm=0.1, betas=(0.0, 0.5), eps=1e-3, weight_decay=0.2)
+    mine.write_settings()
+    assert tables.settings.data_ptr() == where
+    assert tables.settings[1].tolist() == [3e-2, 0.1, 0.0, -math.inf, 0.5, math.log(0.5), 1e-3, 0.2]
+    version = tables.settings._version
+    mine.step()
+    assert tables.settings._version == version
+    ClippedAdamW(theirs).write_settings()  # nothing on the device yet, nothing to do
+
+
+def test_the_tables_are_built_once() -> None:
+    params = parameters()
+    optimizer = ClippedAdamW(params, backend="triton")
+    set_grads(0, params)
+    optimizer.step()
+    tables = optimizer._tables
+    assert tables is not None
+    built = tables.table, tables.chunks
+    for _ in range(2):
+        optimizer.step()
+        assert (tables.table, tables.chunks) == built
+    optimizer.zero_grad()
+    set_grads(1, params)
+    params[0].grad = torch.empty(70)[35:].view(7, 5).copy_(params[0].grad)
+    optimizer.step()
+    assert tables.table is not built[0]
+    assert tables.chunks is built[1]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_threads_move_four_numbers_at_once_where_they_may(offset: int) -> None:
+    ours, theirs = [nn.Parameter(torch.empty(20)[offset : offset + 16]) for _ in range(2)], []
+    with torch.no_grad():
+        for p in ours:
+            p.normal_()
+    theirs = twins(ours)
+    set_grads(0, ours, theirs)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5, backend="triton")
+    mine.step()
+    assert mine._tables is not None
+    assert mine._tables.vector == (1 if offset == 1 else 4)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+    nn.utils.clip_grad_norm_(theirs, 0.5)
+    torchs.step()
+    close(ours, theirs, ulps=20)
+
+
+def three_steps(backend: str, compiler: str | None) -> list[torch.Tensor]:
+    """Three norms and the parameters after them, the whole step inside torch.compile or not."""
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 4, generator=random), torch.randn(5, 2, generator=random)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = ClippedAdamW(model.parameters(), 1e-2, max_norm=0.3, backend=backend)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        norm = optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    torch._dynamo.reset()
+    run = torch.compile(step, backend=compiler) if compiler else step
+    return [*(run(x, y) for _ in range(3)), *(p.detach() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_training_function_makes_the_same_steps(backend: str, compiler: str) -> None:
+    pairs = zip(three_steps(backend, compiler), three_steps(backend, None), strict=True)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=20 * EPS, atol=20 * EPS)
+
+
+def test_a_step_is_not_traced() -> None:
+    params = parameters([(3,)])
+    set_grads(0, params)
+    torch._dynamo.reset()
+    run = torch.compile(ClippedAdamW(params).step, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        run()
+
+
+def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match="max_norm is 0"):
+        ClippedAdamW(params, max_norm=0)
+    optimizer = ClippedAdamW(params[:2])
+    with pytest.raises(ValueError, match="max_norm is -1"):
+        optimizer.add_param_group({"params": params[2:], "max_norm": -1})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        ClippedAdamW(params).step()
+    with pytest.raises(ValueError, match=r"backend is 'cuda', must be one of auto, torch, triton"):
+        resolve("cuda", params[0])
+    monkeypatch.delitem(os.environ, "TRITON_INTERPRET", raising=False)
+    assert resolve("auto", params[0]) == "torch"
+    with pytest.raises(ValueError, match=r"cannot run here: the tensor is on cpu"):
+        resolve("triton", params[0])
+
+
+def test_triton_takes_float32_only_and_says_so() -> None:
+    params = [nn.Parameter(torch.randn(4, dtype=torch.float64))]
+    params[0].grad = torch.randn(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"float32 tensors, not torch\.float64"):
+        ClippedAdamW(params, backend="triton").step()
+    ClippedAdamW(params).step()

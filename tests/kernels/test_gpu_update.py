@@ -1,0 +1,213 @@
+"""Clip and update on a GPU, by the compiled kernels: what the CPU's tests check, then what only
+a GPU can show: no synchronisation, two launches, CUDA graphs.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from minigpt_kernels import ClippedAdamW, ClippedSGD
+from tests.kernels import update_checks as checks
+from tests.kernels.update_checks import close, parameters, set_grads, twins
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+MANY = [(8, 1024)] * 440 + [(1,), (3,), (0, 5), (1023,), (64, 1024), (4097,), (768,), (2**21,)]
+
+
+def test_a_hundred_steps_are_those_of_torch() -> None:
+    checks.many_steps_are_those_of_torch("auto", checks.SHAPES, "cuda")
+
+
+def test_hundreds_of_tensors_are_as_torchs() -> None:
+    checks.many_steps_are_those_of_torch("auto", MANY, "cuda", steps=5)
+
+
+def test_the_error_is_no_larger_than_torchs() -> None:
+    checks.a_step_is_as_exact_as_torchs("auto", "cuda")
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    checks.two_runs_give_the_same_bits("auto", "cuda")
+
+
+def test_what_moves_is_found() -> None:
+    checks.what_moves_is_found("auto", "cuda")
+
+
+@pytest.mark.parametrize(("c", "size"), checks.BOUNDS)
+def test_a_step_of_sgd_is_the_closed_form_and_no_longer_than_its_bound(
+    c: float, size: float
+) -> None:
+    checks.a_step_of_sgd_is_the_closed_form("auto", c, size, "cuda")
+
+
+@pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(kind: type, bad: float) -> None:
+    checks.a_norm_that_is_not_finite_changes_nothing("auto", kind, bad, "cuda")
+
+
+def test_what_is_not_float32_takes_torchs_way() -> None:
+    ours = [nn.Parameter(p.detach().bfloat16()) for p in parameters([(7, 5), (9001,)], "cuda")]
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5)
+    torchs = torch.optim.AdamW(theirs, 1e-2, fused=True)
+    for step in range(3):
+        set_grads(step, ours, theirs)
+        mine.step()
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        torchs.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-2, atol=1e-3)  # torch rounds the clipped gradient
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
+def test_the_host_never_waits(kind: type) -> None:
+    params = parameters(device="cuda")
+    grads = [[torch.randn_like(p) for p in params] for _ in range(4)]
+    optimizer = kind(params, lr=1e-2, max_norm=0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(4):
+            for p, g in zip(params, grads[step], strict=True):
+                p.grad = g
+            optimizer.param_groups[0].update(lr=1e-2 / (step + 1), max_norm=0.5 + step)
+            optimizer.step()
+            params[1].grad = None  # the tables are built again
+            optimizer.update(optimizer.sum_of_squares())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
+def test_a_step_is_two_launches_and_nothing_else(kind: type) -> None:
+    params = parameters(MANY, "cuda")
+    groups = [{"params": params[:100]}, {"params": params[100:], "lr": 3e-3}]
+    optimizer = kind(groups, lr=1e-2)
+    set_grads(0, params)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        optimizer.step()
+        torch.cuda.synchronize()
+    on_gpu = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    found = [name for name in on_gpu if not name.startswith("Optimizer.")]  # torch's own label
+    assert len(found) == 2, found
+
+
+def test_a_captured_step_counts_and_follows_the_settings() -> None:
+    ours = parameters(device="cuda")
+    theirs = twins(ours)
+    mine = ClippedAdamW(ours, 1e-2, max_norm=0.5)
+    torchs = torch.optim.AdamW(theirs, 1e-2)
+
+    def torch_step(c: float) -> torch.Tensor:
+        norm = nn.utils.clip_grad_norm_(theirs, c)
+        torchs.step()
+        return norm
+
+    set_grads(0, ours, theirs)
+    mine.step()
+    torch_step(0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = mine.step()
+    for step in range(1, 5):
+        set_grads(step, theirs)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad.copy_(q.grad)
+        for optimizer in (mine, torchs):
+            optimizer.param_groups[0].update(lr=1e-2 / step, weight_decay=0.1 * step)
+        mine.param_groups[0]["max_norm"] = 0.1 * step
+        mine.write_settings()
+        graph.replay()
+        torch.testing.assert_close(norm, torch_step(0.1 * step))
+        close(ours, theirs, ulps=50)
+        assert mine.state[ours[0]]["step"].item() == step + 1
+    set_grads(5, ours, theirs)  # and without the graph
+    mine.step()
+    torch_step(0.4)
+    close(ours, theirs, ulps=50)
+
+
+def test_a_whole_training_step_can_be_captured() -> None:
+    """As torch's documentation does it: the gradients come from the capture's own memory, so that
+    the table of addresses is built within it.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)).cuda()
+    x, y = torch.randn(16, 64, device="cuda"), torch.randn(16, 8, device="cuda")
+    optimizer = ClippedAdamW(model.parameters(), 1e-2, max_norm=0.3)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        (model(x) - y).square().mean().backward()
+        return optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.zero_grad()
+            step(model, optimizer)
+    torch.cuda.current_stream().wait_stream(stream)
+    other, twin = copy.deepcopy((model, optimizer))
+
+    optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = step(model, optimizer)
+    torch.empty(2**24, device="cuda").fill_(math.nan)  # what was freed is written over
+    for i in range(4):
+        x.normal_()
+        optimizer.param_groups[0]["lr"] = twin.param_groups[0]["lr"] = 1e-2 / (i + 1)
+        optimizer.write_settings()
+        graph.replay()
+        twin.zero_grad()
+        torch.testing.assert_close(norm, step(other, twin))
+        close([*model.parameters()], [*other.parameters()], ulps=100)
+
+
+@pytest.mark.parametrize("what", ["first step", "settings", "state"])
+def test_a_capture_refuses_what_a_replay_would_undo(what: str) -> None:
+    params = parameters(device="cuda")
+    optimizer = ClippedAdamW(params, 1e-2)
+    set_grads(0, params)
+    if what != "first step":
+        optimizer.step()
+    if what == "settings":
+        optimizer.param_groups[0]["lr"] = 0.5
+    if what == "state":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = [p.detach().clone() for p in params]
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(ValueError, match=r"make a step, or call write_settings\(\), before it"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+
+
+def test_a_step_after_a_capture_that_never_ran() -> None:
+    """Its table of addresses was not filled: another has to be."""
+    params = parameters(device="cuda")
+    optimizer = ClippedAdamW(params, 1e-2, max_norm=0.5)
+    expected = twins(params)
+    other = torch.optim.AdamW(expected, 1e-2)
+    for step in range(3):
+        set_grads(step, params, expected)
+        if step == 1:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                optimizer.step()
+        optimizer.step()
+        nn.utils.clip_grad_norm_(expected, 0.5)
+        other.step()
+    close(params, expected, ulps=50)

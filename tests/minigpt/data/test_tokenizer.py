@@ -1,0 +1,266 @@
+"""The three kinds of tokenizer files against the libraries' own reading of them, on real texts."""
+
+import json
+
+import pytest
+import tokenizers
+import transformers
+
+from minigpt import Tokenizer
+from minigpt.data.tokenizer import Special
+from tests.conftest import minilm_folder, real_data
+
+ODD = [
+    "",
+    " ",
+    "Hello world",
+    "  two  spaces\n\n\ttab\r\n",
+    "naïve café, Ångström; İstanbul ß",
+    "日本語と한국어, 🤖👩‍👩‍👧 and \u200d\ufeff",
+    "don't, we'll; 3.14159 -- 1,000,000!!! (e.g. [CLS] and [MASK])",
+    "one<|endoftext|>two <|endoftext|> three",
+    "x" * 300,
+    "a\u0301e\u0300 \x00\x07 control",
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Pieces of two real texts, one of them longer than any model's context, and odd ones."""
+    alice = real_data("texts", "alice.txt").read_text(encoding="utf-8")
+    stories = real_data("texts", "tinystories.txt").read_text(encoding="utf-8")
+    return [*ODD, alice[:40_000], alice[70_000:70_333], *stories[:20_000].split("\n")]
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return real_data("tokenizers", "gpt_neo_125m")
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return real_data("tokenizers", "bert_base_uncased")
+
+
+@pytest.fixture
+def bpe_files(gpt2, tmp_path):
+    """`vocab.json` and `merges.txt` as GPT-2 was published, from tokenizer.json."""
+    model = json.loads((gpt2 / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    lines = ["#version: 0.2", *pairs]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def vocab_file(bert, tmp_path):
+    (tmp_path / "vocab.txt").write_bytes((bert / "vocab.txt").read_bytes())
+    return tmp_path
+
+
+def oracle(folder) -> transformers.PreTrainedTokenizerFast:
+    """Transformers' reading, which neither cuts nor fills unless asked to."""
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
+def assert_same_ids(ours: Tokenizer, folder, texts: list[str]) -> None:
+    theirs = oracle(folder)
+    for text in texts:
+        expected = theirs(text, add_special_tokens=False, truncation=False, padding=False)
+        assert ours.encode(text) == expected["input_ids"], text[:60]
+
+
+def test_tokenizer_json_of_gpt2(gpt2, texts):
+    ours = Tokenizer.load(gpt2)
+    assert ours.encode("Hello world") == [15496, 995]
+    assert ours.vocab_size == 50257
+    assert ours.end_of_text == 50256
+    assert_same_ids(ours, gpt2, texts)
+
+
+def test_vocab_and_merges_equal_tokenizer_json(gpt2, bpe_files, texts):
+    ours = Tokenizer.load(bpe_files)
+    assert ours.vocab_size == 50257
+    assert ours.end_of_text == 50256
+    assert ours.encode("one<|endoftext|>two").count(50256) == 1
+    assert_same_ids(ours, gpt2, texts)
+
+
+def test_tokenizer_json_of_bert_neither_cuts_nor_fills(bert, texts):
+    """Its file asks for 256 ids whatever the text; a text has as many tokens as it has."""
+    assert json.loads((bert / "tokenizer.json").read_text(encoding="utf-8"))["padding"]
+    ours = Tokenizer.load(bert)
+    assert ours.encode("Hello world") == [7592, 2088]
+    assert len(ours.encode("hello " * 1000)) == 1000
+    assert_same_ids(ours, bert, texts)
+
+
+def test_vocab_txt_equals_tokenizer_json(bert, vocab_file, texts):
+    ours = Tokenizer.load(vocab_file)
+    assert ours.vocab_size == 30522
+    assert ours.end_of_text == 102
+    assert_same_ids(ours, bert, texts)
+
+
+def test_tokenizer_json_of_minilm_neither_cuts_nor_fills(texts):
+    assert_same_ids(Tokenizer.load(minilm_folder()), minilm_folder(), texts)
+
+
+def test_word_pieces_of_a_pair_get_their_marks(vocab_file):
+    ids = Tokenizer.load(vocab_file).backend.encode("Hello", "world").ids
+    assert ids == [101, 7592, 102, 2088, 102]
+
+
+@pytest.mark.parametrize(
+    ("options", "pieces"),
+    [
+        ({}, ["cafe", "[UNK]"]),
+        ({"do_lower_case": True}, ["cafe", "[UNK]"]),
+        ({"do_lower_case": False}, ["Café", "日", "本"]),
+        ({"do_lower_case": True, "strip_accents": False}, ["café", "[UNK]"]),
+        ({"do_lower_case": False, "tokenize_chinese_chars": False}, ["Café", "日本"]),
+    ],
+)
+def test_tokenizer_config_rules_the_word_pieces(tmp_path, options, pieces):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "Café", "café", "cafe"]
+    words += ["日", "本", "日本"] if options.get("do_lower_case") is False else []
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    ids = Tokenizer.load(tmp_path).encode("Café 日本")
+    found = [words[i] for i in ids]
+    assert list(dict.fromkeys(found)) == pieces
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_bytes_make_the_round_trip(gpt2, bpe_files, texts, files):
+    tokenizer = Tokenizer.load(gpt2 if files == "tokenizer.json" else bpe_files)
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_decoding_word_pieces_joins_them(vocab_file):
+    tokenizer = Tokenizer.load(vocab_file)
+    ids = tokenizer.encode("Unaffable tokenizers")
+    assert len(ids) > 2
+    assert tokenizer.decode(ids) == "unaffable tokenizers"
+
+
+def test_tokenizer_json_comes_first(gpt2, vocab_file):
+    (vocab_file / "tokenizer.json").write_bytes((gpt2 / "tokenizer.json").read_bytes())
+    assert Tokenizer.load(vocab_file).vocab_size == 50257
+
+
+def test_trained_tokenizer_makes_the_round_trip_through_its_file(texts, tmp_path):
+    trained = Tokenizer.train(texts, 400)
+    assert trained.vocab_size == 400
+    assert trained.end_of_text == 0
+    trained.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    for text in [*texts, "unseen: Ωμέγα"]:
+        ids = trained.encode(text)
+        assert again.encode(text) == ids
+        assert again.decode(ids) == text
+    story = texts[-2] or texts[-3]
+    assert len(trained.encode(story)) < 0.7 * len(story)
+    assert_same_ids(trained, tmp_path, texts)
+
+
+def test_trained_word_pieces_make_the_round_trip_through_their_file(texts, tmp_path):
+    trained = Tokenizer.train_word_piece(texts, 600)
+    assert trained.vocab_size == 600
+    assert trained.special == Special(pad=0, unknown=1, first=2, last=3, mask=4)
+    assert trained.end_of_text == 3
+    assert trained.decode(trained.encode("  The Cat, SAT on a mât ")) == "the cat, sat on a mat"
+    trained.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.special == trained.special
+    for text in [*texts, "unseen: Ωμέγα"]:
+        assert again.encode(text) == trained.encode(text)
+    assert_same_ids(trained, tmp_path, texts)
+    story = texts[-2] or texts[-3]
+    assert len(trained.encode(story)) < 0.7 * len(story)
+
+
+def test_word_pieces_are_learned_alike_every_time(texts):
+    """The library's own numbering changes from run to run."""
+    first, *others = [Tokenizer.train_word_piece(texts, 600).backend.to_str() for _ in range(4)]
+    assert all(other == first for other in others)
+
+
+def test_a_tokenizer_without_special_tokens_names_them(vocab_file):
+    assert Tokenizer.load(vocab_file).special == Special(0, 100, 101, 102, 103)
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[SEP]": 2}, unk_token="[UNK]")
+    )
+    with pytest.raises(ValueError, match=r"lacks \[CLS\], \[MASK\]: "):
+        _ = Tokenizer(backend).special
+
+
+def test_word_level_vocabulary_without_a_separator_has_no_end_of_text():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 4}, unk_token="a"))
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.end_of_text is None
+    assert tokenizer.vocab_size == 5
+
+
+@pytest.mark.parametrize("rows", [50257, 50304, 50257 + 1023])
+def test_model_with_rows_to_spare_fits(gpt2, rows):
+    Tokenizer.load(gpt2).check(rows)
+
+
+@pytest.mark.parametrize("rows", [50256, 30522, 50257 + 1024])
+def test_mismatch_names_both_sizes(gpt2, rows):
+    with pytest.raises(ValueError, match=f"50257 tokens, the model's vocabulary {rows}"):
+        Tokenizer.load(gpt2).check(rows)
+
+
+# files that are absent, empty or broken
+
+
+def test_no_files_is_an_error_that_lists_the_kinds(tmp_path):
+    kinds = r"no tokenizer in .*tokenizer\.json, vocab\.json and merges\.txt, or vocab\.txt"
+    with pytest.raises(ValueError, match=kinds):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")  # without merges.txt
+    with pytest.raises(ValueError, match=kinds):
+        Tokenizer.load(tmp_path)
+
+
+EMPTY_JSON = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": EMPTY_JSON},
+        {"vocab.json": "{}", "merges.txt": "#version: 0.2\n"},
+        {"vocab.txt": ""},
+    ],
+    ids=lambda files: " and ".join(files),
+)
+def test_empty_vocabulary_is_an_error(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="vocabulary is empty"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": b'{"model": '},
+        {"tokenizer.json": b"{}"},
+        {"tokenizer.json": b"\xff\xfe"},
+        {"vocab.json": b"[1, 2]", "merges.txt": b""},
+        {"vocab.json": b'{"a": 0}', "merges.txt": b"a b\n"},
+        {"vocab.txt": b"[UNK]\n\xff\xfe\n"},
+        {"vocab.txt": b"[UNK]\na\n", "tokenizer_config.json": b"{"},
+    ],
+    ids=lambda files: " and ".join(f"{name} {content}" for name, content in files.items()),
+)
+def test_broken_file_is_an_error_that_names_the_folder(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot read the tokenizer in {tmp_path}"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,213 @@
+"""What all studies share: parts that run once, verdicts, the report."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigpt.commands.cli import main
+from minigpt.metrics.intervals import Estimate
+from minigpt.studies import STUDIES, published, study
+from minigpt.studies.claims import CLAIMS, Finding, count, judge
+from minigpt.studies.figures import FROZEN, FULL, figure, line, smooth
+from minigpt.studies.lab import Lab, Part
+from minigpt.studies.report import Figure, Report, Table, write
+from minigpt.studies.timing import in_turn, ratio
+from minigpt.training.train import TrainConfig
+
+
+def own_process(folder: Path, value: int) -> dict[str, Any]:
+    (folder / "trace").write_text(str(os.getpid()))
+    (folder / "one" / "snapshots").mkdir(parents=True)
+    return {"value": value}
+
+
+def wrong(folder: Path) -> dict[str, Any]:
+    raise ValueError("the data is wrong")
+
+
+def dies(folder: Path) -> dict[str, Any]:
+    os._exit(7)
+
+
+def warns(folder: Path, text: str) -> dict[str, Any]:
+    logging.getLogger("minigpt.somewhere").warning("a warning, %s", text)
+    return {}
+
+
+def test_what_parts_warn_of_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    texts = ("the same", "the same", "another")
+    Lab(tmp_path).run([Part(str(i), warns, (text,)) for i, text in enumerate(texts)])
+    said = [line for line in capfd.readouterr().err.splitlines() if "a warning" in line]
+    assert said == ["minigpt: a warning, the same", "minigpt: a warning, another"]
+
+
+def test_a_part_runs_once_and_in_a_process_of_its_own(tmp_path: Path) -> None:
+    parts = [Part("a", own_process, (1,)), Part("b", own_process, (2,))]
+    found = Lab(tmp_path).run(parts)
+    assert found == {"a": {"value": 1}, "b": {"value": 2}}
+    pids = [(tmp_path / "runs" / name / "trace").read_text() for name in "ab"]
+    assert len({str(os.getpid()), *pids}) == 3
+    assert not list(tmp_path.rglob("snapshots"))
+    assert Lab(tmp_path).run([Part("a", wrong), *parts[1:]]) == found
+    assert (tmp_path / "runs" / "b" / "trace").read_text() == pids[1]
+
+
+def test_what_a_part_raises_is_raised_and_what_was_done_stays(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the data is wrong"):
+        Lab(tmp_path).run([Part("a", own_process, (1,)), Part("b", wrong)])
+    with pytest.raises(ValueError, match="b ended with status 7"):
+        Lab(tmp_path).run([Part("a", wrong), Part("b", dies)])
+    assert not (tmp_path / "runs" / "b" / "result.json").exists()
+
+
+def test_a_signal_reaches_the_part_once_and_the_study_stops(tmp_path: Path) -> None:
+    script = f"""
+        import sys, time
+        from pathlib import Path
+        from minigpt.studies.lab import Lab, Part
+        from minigpt.training.train import Interrupted
+        from tests.minigpt.studies.test_studies import waits
+
+        if __name__ == "__main__":
+            try:
+                Lab(Path({str(tmp_path)!r})).run([Part("a", waits)])
+            except Interrupted as stop:
+                print("stopped:", stop)
+    """
+    code = tmp_path / "script.py"
+    code.write_text(textwrap.dedent(script))
+    root = Path(__file__).parents[3]
+    run = subprocess.Popen(
+        [sys.executable, str(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    try:
+        ready = tmp_path / "runs" / "a" / "ready"
+        for _ in range(600):
+            if ready.exists():
+                break
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)  # what Ctrl-C does
+        out, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert out == "stopped: a: after 1 signal\n"
+
+
+def waits(folder: Path) -> dict[str, Any]:
+    got: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: got.append(number))
+    (folder / "ready").write_text("")
+    while not got:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    raise KeyboardInterrupt(f"after {len(got)} signal")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "above", "quoted", "verdict"),
+    [
+        (20, 30, 5, True, 25.0, "holds"),
+        (10, 20, 5, True, 25.0, "holds in direction"),
+        (10, 20, 5, True, None, "holds"),
+        (-1, 20, 5, True, 25.0, "undecided"),
+        (-9, -1, 5, True, 25.0, "fails"),
+        (20, 30, 4, True, 25.0, "undecided"),
+        (-9, -1, 4, True, 25.0, "undecided"),
+        (-30, -20, 5, False, -25.0, "holds"),
+        (-30, -20, 5, False, -5.0, "holds in direction"),
+        (1, 2, 5, False, None, "fails"),
+        (0, 2, 5, True, None, "undecided"),
+    ],
+)
+def test_verdicts(
+    low: float, high: float, seeds: int, above: bool, quoted: float | None, verdict: str
+) -> None:
+    assert judge(Estimate((low + high) / 2, low, high), seeds, 0.0, above, quoted) == verdict
+    shifted = Estimate((low + high) / 2 + 7, low + 7, high + 7)
+    assert judge(shifted, seeds, 7.0, above, None if quoted is None else quoted + 7) == verdict
+
+
+def test_counts_are_equal_or_not() -> None:
+    assert [count(3, 3), count(3, 4)] == ["holds", "fails"]
+
+
+def test_a_finding_is_about_a_claim_and_has_a_verdict() -> None:
+    row = Finding("freezing.time", "20 %", "holds", "a model").row()
+    assert row["quoted"] == CLAIMS["freezing.time"].quoted
+    with pytest.raises(ValueError, match=r"'freezing\.tim' is no claim"):
+        Finding("freezing.tim", "20 %", "holds", "a model")
+    with pytest.raises(ValueError, match="verdict is 'true'"):
+        Finding("freezing.time", "20 %", "true", "a model")
+
+
+def test_a_report_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
+    with figure(tmp_path / "figures" / "loss.png") as axes:
+        axes.plot([1, 2], **line(FULL))
+        axes.plot([2, 1], **line(FROZEN))
+    report = Report(
+        "A <title>",
+        ["One.", "Two.", "Three."],
+        [Figure("loss.png", "two lines")],
+        [Table("numbers", ["name", "value"], [["a", "1"], ["b", "2"]], "a note")],
+        [Finding("freezing.time", "20 % [18, 22]", "holds in direction", "a model, 5 seeds")],
+    )
+    settings = TrainConfig(steps=3)
+    write(tmp_path, "targeted-freezing", settings, report, {"a": {"value": 1}})
+    page = (tmp_path / "report.html").read_text()
+    assert "A &lt;title&gt;" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing comes from elsewhere
+    assert page.count("data:image/png;base64,iVBOR") == 1
+    for text in ("Three.", "two lines", "a note", "holds in direction", "89 against 120 s"):
+        assert text in page
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["parts"] == {"a": {"value": 1}}
+    assert results["findings"][0]["measured"] == "20 % [18, 22]"
+    assert results["settings"]["steps"] == 3
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_published_settings_ask_for_a_model_and_texts(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module: Any = study(name)
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", name, "--published", "--model", "/no/folder", "--out", str(tmp_path / "a")])
+    texts = [source for source in module.SOURCES if source != "model"]
+    flags = " ".join(f"--{text}" for text in texts)
+    assert f"--published needs {flags} too; the write-up has" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    given = dict.fromkeys(module.SOURCES, "mine")
+    chosen = module.Settings(**published(name, {**given, "steps": 3}))
+    want = {**module.PUBLISHED, **given, "steps": 3}
+    assert {key: getattr(chosen, key) for key in want} == want
+    assert module.PUBLISHED["batch_size"] in (16, 64)
+
+
+def test_smooth_is_the_mean_of_what_came_before() -> None:
+    assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+    assert smooth([1, 2], 9) == [1, 1.5]
+
+
+def test_times_are_taken_in_turn() -> None:
+    calls: list[str] = []
+    times = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {len(seconds) for seconds in times.values()} == {3}
+    middle, low, high = ratio({"a": [1, 2, 4, 4], "b": [2, 2, 2, 2]}, "a", "b")
+    assert low <= middle == 1.5 <= high
+    assert not math.isnan(low + high)

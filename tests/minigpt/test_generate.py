@@ -1,0 +1,314 @@
+"""Generation: greedy against transformers, sampling against the closed form of its distribution."""
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt import GPTNeo, GPTNeoConfig, generate
+from tests.conftest import tokens
+
+NEW = 64
+
+
+def greedy(model: GPTNeo, ids: torch.Tensor, n: int, **options) -> torch.Tensor:
+    return generate(model, ids, n, temperature=0, **options)
+
+
+def left_padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts (T_i,) as one batch, filled with token 7 at the left, and its mask."""
+    T = max(map(len, prompts))
+    ids = torch.stack([torch.cat([ids.new_full((T - len(ids),), 7), ids]) for ids in prompts])
+    mask = torch.stack([(torch.arange(T) >= T - len(ids)).long() for ids in prompts])
+    return ids, mask
+
+
+@pytest.fixture(scope="module")
+def real_size(gpt_neo_125m):
+    """Two prompts that cross the window of 256 while they grow, each continued alone by ours."""
+    ours = gpt_neo_125m[1]
+    prompts = [tokens(50257, 230, seed=3), tokens(50257, 203, seed=4)]
+    return prompts, [greedy(ours, prompt[None], NEW)[0] for prompt in prompts]
+
+
+def test_real_size_greedy_equals_transformers(gpt_neo_125m, real_size):
+    prompts, alone = real_size
+    theirs = gpt_neo_125m[0].generate(prompts[0][None], max_new_tokens=NEW, do_sample=False)
+    assert len(alone[0]) == 230 + NEW
+    assert len(alone[0]) > gpt_neo_125m[1].config.window_size
+    assert len(set(alone[0][230:].tolist())) > NEW // 3  # not one token over and over
+    assert torch.equal(alone[0], theirs[0])
+
+
+def test_real_size_batch_with_padding_equals_each_prompt_alone(gpt_neo_125m, real_size):
+    prompts, alone = real_size
+    ids, mask = left_padded(prompts)
+    batch = greedy(gpt_neo_125m[1], ids, NEW, attention_mask=mask)
+    assert torch.equal(batch[:, :230], ids)
+    for row, expected, prompt in zip(batch, alone, prompts, strict=True):
+        assert torch.equal(row[230:], expected[len(prompt) :])
+
+
+@pytest.mark.parametrize("lengths", [(3, 8, 6, 1), (8, 8)], ids=["padded", "unpadded"])
+def test_small_batch_equals_transformers(tiny_neo, lengths):
+    """Far beyond the window of 5."""
+    hf, ours = tiny_neo
+    ids, mask = left_padded([tokens(101, n, seed=n + i) for i, n in enumerate(lengths)])
+    theirs = hf.generate(
+        ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=7
+    )
+    assert torch.equal(greedy(ours, ids, 40, attention_mask=mask), theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 4, 20])
+def test_cached_equals_the_whole_forward_pass_each_step(tiny_neo, T):
+    """Up to the last position, far beyond the window of 5."""
+    ours = tiny_neo[1]
+    ids = tokens(101, 3, T)
+    expected = ids
+    while expected.size(1) < 64:
+        expected = torch.cat([expected, ours(expected)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(greedy(ours, ids, 64 - T), expected)
+    assert len(set(expected[0].tolist())) > 10
+
+
+def test_mask_of_ones_is_no_mask(tiny_neo):
+    ids = tokens(101, 2, 6)
+    expected = greedy(tiny_neo[1], ids, 20)
+    for mask in (torch.ones_like(ids), torch.ones_like(ids).bool()):
+        assert torch.equal(greedy(tiny_neo[1], ids, 20, attention_mask=mask), expected)
+
+
+def test_boolean_mask_equals_the_same_in_numbers(tiny_neo):
+    ids, mask = left_padded([tokens(101, n, seed=n) for n in (3, 8)])
+    expected = greedy(tiny_neo[1], ids, 20, attention_mask=mask)
+    assert torch.equal(greedy(tiny_neo[1], ids, 20, attention_mask=mask.bool()), expected)
+
+
+def test_no_new_tokens_is_the_prompt(tiny_neo):
+    ids = tokens(101, 2, 6)
+    assert torch.equal(generate(tiny_neo[1], ids, 0), ids)
+
+
+def test_what_is_generated_can_be_trained_on(tiny_neo):
+    ids = greedy(tiny_neo[1], tokens(101, 2, 6), 5)
+    tiny_neo[1](ids).sum().backward()
+    tiny_neo[1].zero_grad()
+
+
+# sampling
+
+
+@pytest.fixture(scope="module")
+def seven() -> GPTNeo:
+    """A model of seven tokens, none of them certain or impossible."""
+    torch.manual_seed(3)
+    config = GPTNeoConfig(
+        vocab_size=7, max_position_embeddings=8, hidden_size=8, num_layers=1, num_heads=2,
+        initializer_range=0.6,
+    )  # fmt: skip
+    return GPTNeo(config).eval()
+
+
+def closed_form(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+) -> np.ndarray:
+    """The distribution, one token after the other from the most likely, in float64."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if top_k is not None:
+        order = order[:top_k]
+    weight = {i: np.exp(logits[i] / temperature) for i in order}
+    total = sum(weight.values())
+    nucleus, held = [], 0.0
+    for i in order:
+        nucleus.append(i)
+        held += weight[i] / total
+        if top_p is not None and held >= top_p:
+            break
+    p = np.zeros(len(logits))
+    for i in nucleus:
+        p[i] = weight[i] / sum(weight[j] for j in nucleus)
+    return p
+
+
+SETTINGS = [
+    (1.0, None, None),
+    (0.6, None, None),
+    (1.7, None, None),
+    (1.0, 1, None),
+    (1.0, 3, None),
+    (1.0, 9, None),
+    (1.0, None, 0.7),
+    (1.0, None, 0.05),
+    (1.0, None, 1.0),
+    (0.7, 5, 0.75),
+    (2.0, 3, 0.6),
+]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+def test_samples_follow_the_closed_form(seven, temperature, top_k, top_p):
+    N, prompt = 20_000, torch.tensor([[2, 5, 1]])
+    logits = seven(prompt)[0, -1].detach().double().numpy()
+    assert 2 < np.ptp(logits) < 5
+    p = closed_form(logits, temperature, top_k, top_p)
+    samples = generate(
+        seven,
+        prompt.expand(N, 3),
+        1,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator().manual_seed(0),
+    )[:, 3]
+    found = np.bincount(samples.numpy(), minlength=7)
+    assert not found[p == 0].any()
+    deviation = np.sqrt(N * p * (1 - p))
+    assert (abs(found - N * p) <= 4.5 * deviation + 1e-9).all(), (found, N * p)
+
+
+def test_rows_and_steps_are_drawn_independently(seven):
+    prompt = torch.tensor([[2, 5, 1]]).expand(4000, 3)
+    ids = generate(seven, prompt, 2, generator=torch.Generator().manual_seed(0))
+    first = closed_form(seven(prompt[:1])[0, -1].detach().double().numpy(), 1.0, None, None)
+    for a in np.argsort(-first)[:3]:
+        rows = ids[ids[:, 3] == a]
+        p = closed_form(seven(rows[:1, :4])[0, -1].detach().double().numpy(), 1.0, None, None)
+        found = np.bincount(rows[:, 4].numpy(), minlength=7)
+        deviation = np.sqrt(len(rows) * p * (1 - p))
+        assert (abs(found - len(rows) * p) <= 4.5 * deviation).all(), (found, len(rows) * p)
+
+
+def test_same_seed_same_text_and_the_global_generator_stays_put(tiny_neo):
+    ids, state = tokens(101, 2, 6), torch.get_rng_state()
+
+    def sample(seed: int) -> torch.Tensor:
+        g = torch.Generator().manual_seed(seed)
+        return generate(tiny_neo[1], ids, 30, temperature=1.5, generator=g)
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_generator_the_global_seed_rules(tiny_neo):
+    ids, texts = tokens(101, 2, 6), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(generate(tiny_neo[1], ids, 30, temperature=1.5))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+# the end of a text
+
+
+def test_a_row_that_has_ended_is_filled_until_all_have(tiny_neo):
+    ids = tokens(101, 2, 6, seed=2)
+    free = greedy(tiny_neo[1], ids, 40)[:, 6:]
+    ends = [(token, *((row == token).nonzero()[0].item() for row in free))
+            for token in set(free[0].tolist()) & set(free[1].tolist())]  # fmt: skip
+    eos, first, second = max(ends, key=lambda end: abs(end[1] - end[2]))
+    assert first != second
+    ended = greedy(tiny_neo[1], ids, 40, eos_token_id=eos)[:, 6:]
+    assert ended.size(1) == max(first, second) + 1
+    for row, whole, end in zip(ended, free, (first, second), strict=True):
+        assert torch.equal(row[: end + 1], whole[: end + 1])
+        assert (row[end:] == eos).all()
+
+
+def test_an_end_that_never_comes_changes_nothing(tiny_neo):
+    ids = tokens(101, 2, 6)
+    free = greedy(tiny_neo[1], ids, 12)
+    never = next(i for i in range(101) if not (free[:, 6:] == i).any())
+    assert torch.equal(greedy(tiny_neo[1], ids, 12, eos_token_id=never), free)
+
+
+def test_an_end_inside_the_prompt_does_not_count(tiny_neo):
+    ids = tokens(101, 1, 6)
+    free = greedy(tiny_neo[1], ids, 5)
+    inside = next(i for i in ids[0].tolist() if not (free[:, 6:] == i).any())
+    assert torch.equal(greedy(tiny_neo[1], ids, 5, eos_token_id=inside), free)
+
+
+# modes and arguments
+
+
+@pytest.fixture
+def dropping() -> GPTNeo:
+    """A model whose dropout would show."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=50, max_position_embeddings=16, hidden_size=12, num_layers=2, num_heads=2,
+        embed_dropout=0.5, resid_dropout=0.5, attention_dropout=0.5, initializer_range=0.5,
+    )  # fmt: skip
+    return GPTNeo(config)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_the_mode_restored(dropping, training):
+    dropping.train(training)
+    ids = tokens(50, 2, 4)
+    first = greedy(dropping, ids, 10)
+    assert torch.equal(greedy(dropping, ids, 10), first)
+    assert {m.training for m in dropping.modules()} == {training}
+
+
+def test_modes_of_single_modules_are_restored(dropping):
+    dropping.train()
+    dropping.blocks[0].eval()
+    before = [m.training for m in dropping.modules()]
+    greedy(dropping, tokens(50, 2, 4), 2)
+    assert [m.training for m in dropping.modules()] == before
+
+
+def test_mode_is_restored_after_an_error(dropping):
+    dropping.train()
+    with pytest.raises(IndexError):
+        greedy(dropping, torch.full((1, 4), 50), 2)
+    assert {m.training for m in dropping.modules()} == {True}
+
+
+def test_no_gradient_is_recorded_and_no_weight_moves(dropping):
+    before = {name: p.clone() for name, p in dropping.named_parameters()}
+    ids = greedy(dropping, tokens(50, 2, 4), 5)
+    assert not ids.requires_grad
+    for name, p in dropping.named_parameters():
+        assert p.grad is None
+        assert p.requires_grad
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 13}, "4 tokens and 13 new ones exceed the 16 positions"),
+        ({"temperature": -0.5}, r"temperature is -0\.5"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"top_p": 1.1}, r"top_p is 1\.1"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"eos_token_id": 50}, "eos_token_id is 50"),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids is \[2, 0\]"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, r"input_ids is \[4\]"),
+        ({"attention_mask": torch.ones(2, 3)}, r"attention_mask is \[2, 3\], input_ids \[2, 4\]"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "padding must stand at the left"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1]] * 2)}, "padding must stand at the left"),
+        ({"attention_mask": torch.zeros(2, 4)}, "padding must stand at the left"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_bad_argument_is_an_error_that_names_the_value(dropping, arguments, message):
+    arguments = {"input_ids": tokens(50, 2, 4), "max_new_tokens": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(dropping, **arguments)
+    assert dropping.training
+
+
+@pytest.mark.parametrize("new", [0, 12])
+def test_all_positions_can_be_used(dropping, new):
+    assert greedy(dropping, tokens(50, 2, 4), new).size(1) == 4 + new

@@ -1,0 +1,468 @@
+"""Runs that are stopped, killed or damaged and then resumed: the same bits as undisturbed ones."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import minigpt
+import peft_lite
+from minigpt import GPTNeo, TrainConfig, train
+from minigpt.commands.cli import main
+from minigpt.data.text import Batch
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.objectives.causal import language_model_loss
+from minigpt.training.train import Interrupted, Row
+from tests import tiny
+
+STEPS = 8
+CONFIG = TrainConfig(
+    steps=STEPS, lr=1e-2, warmup_steps=2, accumulate=2, snapshot_every=3, evaluate_every=4
+)
+HELDOUT = [tiny.batch(99)]
+
+
+def new_model(rank: int = 3, seed: int = 0) -> GPTNeo:
+    """With dropout of its own and LoRA's."""
+    torch.manual_seed(7)
+    model = tiny.gpt_neo(seed, dropout=0.1)
+    config = peft_lite.LoraConfig(["query", "mlp.up"], r=rank, lora_alpha=5, lora_dropout=0.2)
+    peft_lite.attach(model, config)
+    return model
+
+
+def started(
+    folder: Path, model: GPTNeo | None = None, resume: bool = False, **more: Any
+) -> tuple[GPTNeo, list[Row]]:
+    """Trains as every run here does, but for the state of the generator when it resumes."""
+    model = new_model() if model is None else model
+    torch.manual_seed(1 + resume)
+    loss = more.pop("loss", language_model_loss)
+    return model, train(model, loss, tiny.batch, CONFIG, folder, HELDOUT, resume, **more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[Row]]:
+    model, rows = started(tmp_path_factory.mktemp("undisturbed") / "run")
+    return model.state_dict(), without_seconds(rows)
+
+
+def without_seconds(rows: list[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_undisturbed(
+    model: nn.Module, rows: list[Row], folder: Path, want: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    assert all(torch.equal(t, want[0][name]) for name, t in model.state_dict().items())
+    assert without_seconds(rows) == want[1]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def snapshots(folder: Path) -> list[str]:
+    return sorted(f.stem for f in (folder / "snapshots").glob("*.safetensors"))
+
+
+def stop_at(step: int, number: int = signal.SIGINT, times: int = 1) -> Callable[[Row], None]:
+    def observe(row: Row) -> None:
+        if row["step"] == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    return observe
+
+
+def stop_within(step: int) -> Callable[[nn.Module, Batch], Tensor]:
+    """A loss during which the signal comes, in the second micro-batch of a step."""
+    calls = itertools.count()
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        if model.training and next(calls) == CONFIG.accumulate * step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return language_model_loss(model, batch)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "disturbance",
+    [
+        {"observe": stop_at(5)},
+        {"observe": stop_at(5, signal.SIGTERM)},
+        {"loss": stop_within(5)},
+    ],
+    ids=["between steps", "SIGTERM", "within a step"],
+)
+def test_a_signal_stops_after_a_whole_step_with_a_snapshot(
+    disturbance: dict[str, Any],
+    tmp_path: Path,
+    undisturbed: tuple[dict[str, Tensor], list[Row]],
+) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="after step 5 of 8"):
+        started(tmp_path, **disturbance)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert snapshots(tmp_path)[-1] == "step-000005"
+    model, rows = started(tmp_path, resume=True)
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_stopping_again_and_again(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    for step in (1, 2, 6, 7):
+        with pytest.raises(Interrupted):
+            started(tmp_path, resume=step > 1, observe=stop_at(step))
+    model, rows = started(tmp_path, resume=True)
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            started(tmp_path, observe=stop_at(5, times=2))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not isinstance(stop.value, Interrupted)
+
+
+def test_resuming_where_nothing_is_starts(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    model = new_model()
+    torch.manual_seed(1)
+    rows = train(model, language_model_loss, tiny.batch, CONFIG, tmp_path, HELDOUT, resume=True)
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def stopped(folder: Path) -> list[Path]:
+    """A run stopped after step 7: snapshots of steps 6 and 7."""
+    with pytest.raises(Interrupted):
+        started(folder, loss=stop_within(7))
+    assert snapshots(folder) == ["step-000006", "step-000007"]
+    return sorted((folder / "snapshots").iterdir())
+
+
+def cut(file: Path, share: float = 0.5) -> None:
+    os.truncate(file, int(file.stat().st_size * share))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_newest_snapshot_cut_short_gives_way_to_the_one_before(
+    share: float, tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    cut(stopped(tmp_path)[-1], share)
+    steps: list[float] = []
+    model, rows = started(tmp_path, resume=True, observe=lambda row: steps.append(row["step"]))
+    assert steps == [7, 8]
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_two_snapshots_cut_short_start_the_run_again(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    for file in stopped(tmp_path):
+        cut(file)
+    model = new_model()
+    torch.manual_seed(1)  # nothing to restore it from
+    with pytest.raises(Interrupted):
+        train(
+            model,
+            language_model_loss,
+            tiny.batch,
+            CONFIG,
+            tmp_path,
+            HELDOUT,
+            resume=True,
+            observe=stop_at(4),
+        )
+    # the damaged files, whose numbers are higher, take no good one's place
+    steps: list[float] = []
+    model, rows = started(tmp_path, resume=True, observe=lambda row: steps.append(row["step"]))
+    assert steps == [5, 6, 7, 8]
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_metrics_torn_by_a_kill_are_mended(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    stopped(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 4.1')
+    model, rows = started(tmp_path, resume=True)
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_metrics_shorter_than_the_snapshot_are_an_error(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f"{line}\n" for line in metrics.read_text().splitlines()[:3]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        started(tmp_path, resume=True)
+    metrics.unlink()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        started(tmp_path, resume=True)
+
+
+def test_snapshot_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    other = new_model()
+    with torch.no_grad():
+        other.blocks[1].mlp.down.weight[3, 4] += 1e-6
+    with pytest.raises(ValueError, match=r"step-000007.*frozen weights differ"):
+        started(tmp_path, other, resume=True)
+
+
+@pytest.mark.parametrize("kind", ["rank", "more", "fewer"])
+def test_snapshot_of_other_trainable_tensors_is_refused(kind: str, tmp_path: Path) -> None:
+    stopped(tmp_path)
+    other = new_model(rank=4 if kind == "rank" else 3)
+    if kind == "more":
+        other.blocks[0].mlp.down.bias.requires_grad_(True)
+    if kind == "fewer":
+        other.blocks[0].attention.query.lora_a.requires_grad_(False)
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"step-000007.*trains other tensors"):
+        started(tmp_path, other, resume=True)
+    assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+
+
+def test_a_parameter_that_no_loss_reaches_resumes_too(tmp_path: Path) -> None:
+    def model() -> GPTNeo:
+        one = tiny.gpt_neo()
+        one.register_parameter("unused", nn.Parameter(torch.ones(3)))
+        return one
+
+    with pytest.raises(Interrupted):
+        started(tmp_path / "a", model(), loss=stop_within(5))
+    resumed, _ = started(tmp_path / "a", model(), resume=True)
+    straight, _ = started(tmp_path / "b", model())
+    assert all(torch.equal(t, straight.state_dict()[n]) for n, t in resumed.state_dict().items())
+
+
+def test_partial_files_are_harmless(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    stopped(tmp_path)
+    for name in ("metrics.partial", "snapshots/step-000008.partial", "snapshots/other.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    model, rows = started(tmp_path, resume=True)
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_resuming_a_trained_run_changes_nothing(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    started(tmp_path)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    steps: list[Row] = []
+    model, rows = started(tmp_path, resume=True, observe=steps.append)
+    assert steps == []
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with its tokenizer, and text.txt beside them."""
+    folder = tmp_path_factory.mktemp("base")
+    words = random.Random(0).choices(["sea", "whale", "ship", "the", "a", "saw", "old"], k=1500)
+    text = "".join(w + ("\n" if i % 9 == 8 else " ") for i, w in enumerate(words))
+    (folder / "text.txt").write_text(text)
+    tokenizer = Tokenizer.train([text], 270)
+    tokenizer.save(folder)
+    model = tiny.gpt_neo(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, dropout=0.1)
+    minigpt.save(model, folder)
+    return folder
+
+
+def options(base: Path, out: Path, method: str, steps: int, every: int) -> list[str]:
+    more = ["--lora-dropout", "0.1"] if method == "lora" else []
+    return [
+        *("finetune", "--model", str(base), "--text", str(base / "text.txt"), "--out", str(out)),
+        *("--method", method, "--steps", str(steps), "--snapshot-every", str(every), *more),
+        *("--batch-size", "2", "--sequence-length", "16", "--evaluate-every", "10"),
+    ]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """What has to be equal to the byte: the tensors and the sample."""
+    kept = [*out.glob("*/*.safetensors"), out / "sample.txt"]
+    return {f.name: f.read_bytes() for f in kept if f.parent.name != "snapshots"}
+
+
+def rows(out: Path) -> list[Row]:
+    return without_seconds(
+        [json.loads(r) for r in (out / "metrics.jsonl").read_text().splitlines()]
+    )
+
+
+def assert_same_run(out: Path, want: Path, steps: int) -> None:
+    assert [row["step"] for row in rows(out)] == [*range(1, steps + 1)]
+    assert rows(out) == rows(want)
+    assert result(out) == result(want)
+    assert files(out).keys() == files(want).keys()
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (out, want)]
+    for name in ("heldout_loss_before", "heldout_loss_after", "trainable_parameters"):
+        assert summaries[0][name] == summaries[1][name]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends the process at its `number`-th operation on files: before it, or in the middle of it
+    where that is writing.
+    """
+    count = itertools.count()
+
+    def ending(operation: Callable[..., object], written: int | None) -> Callable[..., object]:
+        def call(*args: Any, **kwargs: Any) -> object:
+            if next(count) != number:
+                return operation(*args, **kwargs)
+            if written is not None:
+                operation(*args, **kwargs)
+                cut(Path(args[written]))
+            raise Killed
+
+        return call
+
+    for owner, name, written in (
+        (os, "fsync", None),
+        (os, "replace", None),
+        (os, "rename", None),
+        (os, "unlink", None),
+        (shutil, "rmtree", None),
+        (Path, "write_text", 0),
+        (minigpt.snapshot, "save_file", 1),
+        (minigpt.checkpoint, "save_file", 1),
+        (peft_lite.files, "save_file", 1),
+    ):
+        monkeypatch.setattr(owner, name, ending(getattr(owner, name), written))
+
+
+def assert_sound(out: Path, every: int) -> None:
+    """What has its name is whole, and at most `every` steps are lost."""
+    named = [f for f in out.rglob("*") if ".partial" not in str(f.relative_to(out))]
+    for file in named:
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        if file.suffix == ".safetensors":
+            load_file(file)
+    if not (out / "summary.json").exists():
+        saved = max((int(name.removeprefix("step-")) for name in snapshots(out)), default=0)
+        assert lines(out) - saved <= every
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_killed_at_any_file_operation_the_command_resumes(
+    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = tmp_path / "want"
+    assert main(options(base, want, method, 3, 2)) == 0
+    for number in itertools.count():
+        out = tmp_path / str(number)
+        command = options(base, out, method, 3, 2)
+        with monkeypatch.context() as patch:
+            kill_at(number, patch)
+            try:
+                main(command)
+                break
+            except Killed:
+                pass
+        assert_sound(out, 2)
+        assert main([*command, "--resume"]) == 0
+        assert_same_run(out, want, 3)
+        shutil.rmtree(out)
+    assert number >= 20
+
+
+def test_resuming_a_complete_run_says_so_and_leaves_it(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = options(base, tmp_path / "run", "lora", 3, 2)
+    assert main(command) == 0
+    before = files(tmp_path / "run")
+    summary, _ = capsys.readouterr()
+    assert main([*command, "--resume"]) == 0
+    again, said = capsys.readouterr()
+    assert "complete" in said
+    assert "\n" not in said.strip()
+    assert again == summary
+    assert files(tmp_path / "run") == before
+
+
+def process(arguments: list[str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "minigpt", *arguments]
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def finish(arguments: list[str]) -> None:
+    with process(arguments) as running:
+        _, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors.decode()
+
+
+def kill_when(ready: Callable[[], bool], arguments: list[str], delay: float) -> None:
+    """SIGKILL, `delay` seconds after `ready`, to a command that has not ended before."""
+    with process(arguments) as running:
+        end = time.monotonic() + 120
+        while not ready() and running.poll() is None and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(delay)
+        running.kill()
+        _, errors = running.communicate()
+    assert running.returncode == -signal.SIGKILL, errors.decode()
+
+
+def lines(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_killed_processes_resume_to_the_same_bytes(method: str, base: Path, tmp_path: Path) -> None:
+    steps, every = 150, 30
+    moments = random.Random(method)
+    want, out = tmp_path / "want", tmp_path / "out"
+    finish(options(base, want, method, steps, every))
+    command = options(base, out, method, steps, every)
+
+    kill_when(lambda: True, command, moments.uniform(0.05, 0.5))
+    assert not (out / "run.json").exists()
+    few, many = moments.randint(1, 8), moments.randint(35, 80)
+    kill_when(lambda: lines(out) >= few, [*command, "--resume"], 0.0)
+    assert not (out / "summary.json").exists()
+    if method == "lora":
+        kill_when(lambda: lines(out) >= many, [*command, "--resume"], moments.uniform(0, 0.05))
+    kill_when(lambda: len(list(out.glob("snapshots/step-*"))) == 2, [*command, "--resume"], 0.01)
+    assert (out / "snapshots").exists()
+    finish(["finetune", "--out", str(out), "--resume"])
+    assert_same_run(out, want, steps)

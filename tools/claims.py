@@ -1,0 +1,117 @@
+"""The ledger of claims, docs/claims.md, out of the results of the studies in docs/studies.
+
+    python -m tools.claims
+
+Each `results.json` there is what `minigpt study` wrote, with the settings and the machine.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from minigpt.studies.claims import CLAIMS, SEEDS
+
+DOCS = Path(__file__).parents[1] / "docs"
+HEAD = f"""# Claims of the write-ups, measured
+
+What five published experiments say (000 targeted freezing, 001 partial fine-tuning, 002 clipping
+and schedule, 003 overview of methods, 004 survey), and what came out here. Written by
+`python -m tools.claims` from the results in `docs/studies`, each the output of one command.
+
+Intervals hold 95 %. A claim *holds* if the interval excludes the alternative and contains the
+quoted figure, *holds in direction* if it excludes the alternative but not with that figure, *fails*
+on the other side, and is *undecided* otherwise or on fewer than {SEEDS} seeds. Counts are equal or
+not.
+"""
+COLUMNS = ("claim", "quoted", "measured", "verdict", "on", "note")
+REMARKS = """
+- `targeted-freezing-125m` and `partial-freezing-125m` start from random weights, those of
+  `minigpt.save(minigpt.GPTNeo(minigpt.GPTNeoConfig()), ...)` with GPT-Neo's tokenizer beside them.
+  Theirs are the counts, times and memory, of small batches, where weights and the optimizer's state
+  outweigh activations. What they say of popular tokens and forgetting is of no pretrained model.
+- `clipping-and-schedule-minilm` and `peft-methods-minilm` learn from 800 reviews, cut to 96 and 128
+  tokens. The latter gives every method 50 steps, at rates that no search has chosen: it compares
+  what they reach so soon.
+- In `peft-methods-bundled` five of the ten methods end within 5 points of chance (of three rates
+  each a search found none better): what it says of variance and of cost says above all that they
+  learned little from so small an encoder.
+- In `lora-rank-bundled` fine-tuning on 1/16 of the text gains next to nothing, at any rank."""
+TITLES = {
+    "000": "Targeted freezing",
+    "001": "Partial fine-tuning",
+    "002": "Clipping and schedule",
+    "003": "Overview of methods",
+    "004": "Survey",
+}
+
+
+def ledger() -> str:
+    """The page."""
+    runs = sorted((path.parent.name, load(path)) for path in DOCS.glob("studies/*/results.json"))
+    lines = [HEAD]
+    for source, title in TITLES.items():
+        lines += [f"## {source}: {title}", ""]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for key, claim in CLAIMS.items():
+            if claim.source != source:
+                continue
+            found = findings(runs, key)
+            if not found:
+                verdict = "cannot be tested here" if claim.why else "undecided"
+                found = [["not measured", verdict, "", claim.why]]
+            for i, cells in enumerate(found):
+                begin = [claim.text, claim.quoted] if i == 0 else ["", ""]
+                lines.append("| " + " | ".join(cell(c) for c in [*begin, *cells]) + " |")
+        lines.append("")
+    lines += ["## The runs", "", "| run | command | machine |", "|---|---|---|"]
+    for name, results in runs:
+        report = f"[{name}](studies/{name}/report.html)"
+        machine = "; ".join(results["machine"].values())
+        lines.append(f"| {report} | `{command(results)}` | {cell(machine)} |")
+    return "\n".join([*lines, REMARKS]) + "\n"
+
+
+def findings(runs: list[tuple[str, Any]], key: str) -> list[list[str]]:
+    """Measured, verdict, on, note: of every run that says something about the claim; what several
+    say alike, such as a count, once.
+    """
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for name, results in runs:
+        for f in results["findings"]:
+            if f["claim"] == key:
+                cells = (f["measured"], f["verdict"], f["on"], f["note"])
+                found.setdefault(cells, []).append(f"[{name}](studies/{name}/report.html)")
+    return [
+        [measured, verdict, f"{on} ({', '.join(where)})", note]
+        for (measured, verdict, on, note), where in found.items()
+    ]
+
+
+def command(results: Any) -> str:
+    """The command that made the results: every setting that is not a default."""
+    from minigpt.studies import study
+
+    defaults = study(results["study"]).Settings()
+    words = [f"minigpt study {results['study']}"]
+    for name, value in results["settings"].items():
+        if value != getattr(defaults, name, None):
+            flag = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, list) else [value]
+            words += [flag] if value is True else [flag, *map(str, values)]
+    return " ".join(words)
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    page = DOCS / "claims.md"
+    changed = not page.exists() or page.read_text() != ledger()
+    page.write_text(ledger())
+    print(f"claims.md: {'rewritten' if changed else 'as it was'}", file=sys.stderr)
