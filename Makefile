@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint kernels bench bench-gpu mutants clean
+.PHONY: demo test lint kernels bench bench-gpu figures mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
 	$(BIN)/python -m minigpt.commands.demo
@@ -23,6 +23,9 @@ bench: .venv/test         ## measure against the peers, write benchmarks/results
 
 bench-gpu: .venv/test     ## all that a GPU measures, in at most eight minutes, and what is drawn from it
 	$(BIN)/python -m benchmarks.gpu
+
+figures: .venv/test       ## list the published figures that a later commit has made stale
+	$(BIN)/python -m benchmarks.figures
 
 mutants: .venv/test       ## put faults into the code, one at a time: a test fails for each
 	$(BIN)/python -m tests.mutants

@@ -1,9 +1,10 @@
 """What the benchmarks share: options, the machine, a checkpoint, fresh processes, CSV files.
 
-A result file is a CSV table below comment lines that name the machine:
+A result file is a CSV table below comment lines that name the machine and the commit:
 
     # cpu: ...
     # torch: ...
+    # commit: ...
     method,side,round,seconds,loss
 
 `pandas.read_csv(path, comment="#")` reads it, and so does `read` here.
@@ -28,6 +29,8 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
+
+from benchmarks.figures import origin
 
 OURS, THEIRS = "minigpt", "transformers"
 SIDES = (OURS, THEIRS)
@@ -162,7 +165,8 @@ def write(path: Path, threads: int, rows: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        file.writelines(f"# {name}: {value}\n" for name, value in machine(threads).items())
+        facts = {**machine(threads), **origin(path.name)}
+        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

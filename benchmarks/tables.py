@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import clipped_update, lora_tables
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
+from benchmarks.figures import provenance
 from benchmarks.methods import FULL, PEFT
 from benchmarks.startup import TORCH
 
@@ -145,8 +146,7 @@ def clip_and_update(folder: Path) -> str:
             text += [NOT_MEASURED]
             continue
         facts, rows = read(path)
-        machine = ", ".join(f"{name} {value}" for name, value in facts.items())
-        text += [f"Measured on: {machine}."]
+        text += [measured_on(facts)]
         for title, kind in zip(titles, (clipped_update.WALL, clipped_update.DEVICE), strict=False):
             text += [f"{title}:", updates([row for row in rows if row["time"] == kind])]
     text += ["On paper:", _paper()]
@@ -254,6 +254,56 @@ def plot(path: Path, panels: Mapping[str, Sequence[Line]]) -> None:
     print(path)
 
 
+def sections(folder: Path) -> list[tuple[str, dict[str, str], list[Line]]]:
+    """Title, machine and lines of each comparison with transformers."""
+    files = {
+        "A training step": ("training_step.csv", training_step),
+        "Peak memory of training": ("memory.csv", memory),
+        "Greedy generation of 64 tokens": ("generation.csv", generation),
+        "Import, load and first forward pass": ("startup.csv", startup),
+    }
+    parts = []
+    for title, (file, lines) in files.items():
+        facts, rows = read(folder / file)
+        parts.append((title, facts, lines(rows)))
+    return parts
+
+
+def full(folder: Path) -> str:
+    """All tables, for docs/benchmarks.md."""
+    text = ["![](benchmarks.png)", ""]
+    for title, facts, lines in sections(folder):
+        text += [f"### {title}", "", measured_on(facts), ""]
+        text += [table(lines, timed=lines[0].unit == "s"), ""]
+    _, peaks = read(folder / "memory.csv")
+    text += ["### Peak memory of training above the imports", ""]
+    text += [table(memory(peaks, above_imports=True), timed=False), ""]
+    text += [lora_tables.section(folder), ""]
+    facts, method_steps = read(folder / "methods_step.csv")
+    _, method_bytes = read(folder / "methods_memory.csv")
+    text += ["### What each method costs", "", COSTS, "", measured_on(facts), ""]
+    text += [costs(method_steps, method_bytes)]
+    text += ["", "### Clip and update", "", clip_and_update(folder)]
+    return "\n".join(text)
+
+
+def short(folder: Path) -> str:
+    """The measured comparisons in one table, for the README."""
+    parts = sections(folder)
+    lines = [
+        Line(f"{title}: {x.name}", x.ours, x.theirs, x.unit, x.ratios)
+        for title, _, rows in parts
+        for x in rows
+    ]
+    return f"{table(lines)}\n\n{lora_tables.short(folder)}\n\n{provenance(parts[0][1])}"
+
+
+def measured_on(facts: Mapping[str, str]) -> str:
+    """Where and at which commit a result file was measured."""
+    machine = [f"{n} {v}" for n, v in facts.items() if n not in ("commit", "measures")]
+    return f"{provenance(facts)} Machine: {', '.join(machine)}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,41 +312,15 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     given = parser.parse_args()
 
-    facts, steps = read(given.out / "training_step.csv")
-    _, peaks = read(given.out / "memory.csv")
-    _, generated = read(given.out / "generation.csv")
-    _, started = read(given.out / "startup.csv")
-    sections = {
-        "A training step": training_step(steps),
-        "Peak memory of training": memory(peaks),
-        "Greedy generation of 64 tokens": generation(generated),
-        "Import, load and first forward pass": startup(started),
-    }
-    machine = ", ".join(f"{name} {value}" for name, value in facts.items())
-    text = [f"Measured on: {machine}.", "", "![](benchmarks.png)", ""]
-    for title, lines in sections.items():
-        text += [f"### {title}", "", table(lines, timed=lines[0].unit == "s"), ""]
-    text += ["### Peak memory of training above the imports", ""]
-    text += [table(memory(peaks, above_imports=True), timed=False), ""]
-    text += [lora_tables.section(given.out), ""]
-    _, method_steps = read(given.out / "methods_step.csv")
-    _, method_bytes = read(given.out / "methods_memory.csv")
-    text += ["### What each method costs", "", COSTS, "", costs(method_steps, method_bytes)]
-    text += ["", "### Clip and update", "", clip_and_update(given.out)]
     docs = given.root / "docs"
     docs.mkdir(exist_ok=True)
     page = docs / "benchmarks.md"
     if not page.exists():
         page.write_text(f"# Benchmarks\n\n{BEGIN}\n{END}\n")
-    replace(page, "\n".join(text))
-    short = [
-        Line(f"{title}: {x.name}", x.ours, x.theirs, x.unit, x.ratios)
-        for title, lines in sections.items()
-        for x in lines
-    ]
-    replace(given.root / "README.md", f"{table(short)}\n\n{lora_tables.short(given.out)}")
+    replace(page, full(given.out))
+    replace(given.root / "README.md", short(given.out))
     lora_tables.plot(given.out, docs / lora_tables.PLOT)
-    plot(docs / "benchmarks.png", sections)
+    plot(docs / "benchmarks.png", {title: lines for title, _, lines in sections(given.out)})
 
 
 if __name__ == "__main__":

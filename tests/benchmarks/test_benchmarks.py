@@ -24,7 +24,7 @@ def broken() -> list[dict[str, object]]:
 
 
 def test_one_failure_loses_nothing_of_the_others(tmp_path: Path, capfd) -> None:
-    path = tmp_path / "out.csv"
+    path = tmp_path / "memory.csv"
     measures = {"a": lambda: rows("a"), "b": broken, "c": lambda: rows("c")}
     with pytest.raises(SystemExit, match="b") as end:
         write_each(path, 2, measures)
@@ -34,7 +34,7 @@ def test_one_failure_loses_nothing_of_the_others(tmp_path: Path, capfd) -> None:
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_measured(tmp_path: Path) -> None:
-    path, seen = tmp_path / "out.csv", []
+    path, seen = tmp_path / "memory.csv", []
 
     def second() -> list[dict[str, object]]:
         seen.extend(read(path)[1])
@@ -46,7 +46,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_measured(tmp_path: Path) -> None:
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "out.csv"
+    path = tmp_path / "memory.csv"
     write(path, 2, rows("a"))
     before = path.read_text()
     with pytest.raises(ValueError, match="fieldnames"):

@@ -154,7 +154,8 @@ def test_gradients_of_the_prefix_are_the_closed_form() -> None:
     (table,) = handle.methods["default"].trained()
     # (B, H, K, n), summed over the batch -> (K, H n); keys, then values
     want = [d[:, :, :5].sum(0).swapaxes(0, 1).reshape(5, 12) for d in (dk, dv)]
-    close(table.grad, np.concatenate(want, 1))
+    # each entry sums over 2 rows and 7 queries, whose softmax rounds some ten times itself
+    close(table.grad, np.concatenate(want, 1), roundings=24)
 
 
 @pytest.mark.parametrize("window", [1, 3, 5, 9, 20, None])

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 import minigpt
 import peft_lite
 from minigpt import GPTNeo, TrainConfig, train
+from minigpt.checkpoints import directory
 from minigpt.commands.cli import main
 from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
+from minigpt.training import snapshot
 from minigpt.training.train import Interrupted, Row
 from tests import tiny
 
@@ -358,8 +360,8 @@ def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (os, "unlink", None),
         (shutil, "rmtree", None),
         (Path, "write_text", 0),
-        (minigpt.snapshot, "save_file", 1),
-        (minigpt.checkpoint, "save_file", 1),
+        (snapshot, "save_file", 1),
+        (directory, "save_file", 1),
         (peft_lite.files, "save_file", 1),
     ):
         monkeypatch.setattr(owner, name, ending(getattr(owner, name), written))
