@@ -181,18 +181,18 @@ class _Kept:
 def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     """A function that counts what autograd keeps at the moment, the model's parameters left out."""
     kept: WeakSet[_Kept] = WeakSet()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor: Tensor) -> _Kept:
-        one = _Kept(tensor)
-        kept.add(one)
-        return one
+        reference = _Kept(tensor)
+        kept.add(reference)
+        return reference
 
     def count() -> int:
         storages = {k.tensor.untyped_storage().data_ptr(): k.tensor for k in kept}
-        return sum(t.untyped_storage().nbytes() for p, t in storages.items() if p not in own)
+        return sum(t.untyped_storage().nbytes() for p, t in storages.items() if p not in parameters)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda reference: reference.tensor):
         yield count
 
 

@@ -33,12 +33,12 @@ def line_of(code: str, path: Path) -> int:
     if not path.is_file():
         raise ValueError(f"{path} is no file")
     lines = path.read_text().splitlines()
-    found = [number for number, line in enumerate(lines, 1) if line.strip() == code]
-    if not found:
-        found = [number for number, line in enumerate(lines, 1) for _ in range(line.count(code))]
-    if len(found) != 1:
-        raise ValueError(f"{code!r} stands {len(found)} times in {path}, must stand there once")
-    return found[0]
+    numbers = [number for number, line in enumerate(lines, 1) if line.strip() == code]
+    if not numbers:
+        numbers = [number for number, line in enumerate(lines, 1) for _ in range(line.count(code))]
+    if len(numbers) != 1:
+        raise ValueError(f"{code!r} stands {len(numbers)} times in {path}, must stand there once")
+    return numbers[0]
 
 
 def corrected(text: str) -> str:

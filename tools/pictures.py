@@ -276,11 +276,11 @@ def prefix(axes: Axes) -> None:
         "keys and values of one layer, K = 3 of a prefix before T = 5 of tokens",
         "attention$(q,\\ [P_k; K],\\ [P_v; V])$",
     )
-    for y, label, own, real in ((2.55, "keys", "$P_k$", "k"), (1.95, "values", "$P_v$", "v")):
+    for y, label, prefix, token in ((2.55, "keys", "$P_k$", "k"), (1.95, "values", "$P_v$", "v")):
         text(axes, 1.75, y, label, QUIET, at="r")
         for i in range(8):
             kind = ADDED if i < 3 else FROZEN
-            box(axes, 2.25 + 0.62 * i, y, 0.54, own if i < 3 else real, kind, 0.42)
+            box(axes, 2.25 + 0.62 * i, y, 0.54, prefix if i < 3 else token, kind, 0.42)
     path(axes, (6.95, 2.55), (7.4, 2.55), (7.4, 2.25), (7.75, 2.25))
     path(axes, (6.95, 1.95), (7.4, 1.95), (7.4, 2.25), (7.75, 2.25))
     text(axes, 8.7, 2.25, "softmax over all 8", QUIET)
@@ -297,8 +297,9 @@ def prompt(axes: Axes) -> None:
     title(axes, "the embedded tokens, K = 3 vectors before T = 5", "$X' = [P; X]$")
     for i in range(8):
         x = 2.25 + 0.92 * i
-        own = i < 3
-        box(axes, x, 2.2, 0.8, f"$p_{i + 1}$" if own else f"$x_{i - 2}$", ADDED if own else FROZEN)
+        virtual = i < 3
+        label = f"$p_{i + 1}$" if virtual else f"$x_{i - 2}$"
+        box(axes, x, 2.2, 0.8, label, ADDED if virtual else FROZEN)
         circle(axes, x, 1.55, "+")
         path(axes, (x, 1.97), (x, 1.72))
         text(axes, x, 1.1, f"{i}")
