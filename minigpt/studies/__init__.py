@@ -2,9 +2,14 @@
 
     minigpt study NAME --out DIR
 
-A study is a module with `Settings`, `PUBLISHED` (those of the write-up), `SOURCES` (its model and
-texts, which whoever runs it has to bring), `parts(settings)`, which says what is to be run, and
-`report(settings, results, out)`, which draws the figures and says what the results mean.
+A study is a module that reads from top to bottom:
+
+    Settings                      its settings
+    PUBLISHED, SOURCES            those of the write-up, and its model and texts, to be given
+    parts(settings)               what is run, each part in a process of its own
+    measure(settings, results)    the figures that the claims are about
+    report(measured)              the answer, tables and verdicts
+    draw(measured, figures)       the figures
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +20,7 @@ from typing import Any, Protocol
 
 from minigpt.settings import runs
 from minigpt.studies import report as reports
+from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
 
 STUDIES: Mapping[str, str] = {
@@ -36,7 +42,11 @@ class Study(Protocol):
 
     def parts(self, settings: Any) -> Sequence[Part]: ...
 
-    def report(self, settings: Any, results: Mapping[str, Result], out: Path) -> reports.Report: ...
+    def measure(self, settings: Any, results: Mapping[str, Result]) -> Any: ...
+
+    def report(self, measured: Any) -> reports.Report: ...
+
+    def draw(self, measured: Any, figures: Figures) -> None: ...
 
 
 def study(name: str) -> Study:
@@ -70,9 +80,11 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
     todo = module.parts(settings)
     runs.claim(out, f"study {name}", settings)
     results = Lab(out).run(todo)
-    found = module.report(settings, results, out)
-    reports.write(out, name, settings, found, results)
+    measured = module.measure(settings, results)
+    report, figures = module.report(measured), Figures(out / "figures")
+    module.draw(measured, figures)
+    reports.write(out, name, settings, report, figures.drawn, results)
     summary: dict[str, object] = {"study": name, "parts": len(todo)}
-    summary |= {f"claim {finding.claim}": finding.verdict for finding in found.findings}
+    summary |= {f"claim {finding.claim}": finding.verdict for finding in report.findings}
     runs.write(out / "summary.json", summary)
     return summary

@@ -8,8 +8,8 @@ A claim says that a quantity lies on one side of an alternative (a saving is abo
     fails                it lies on the other side of the alternative
     undecided            anything else, too few seeds among them
 
-A count has no interval: it is equal to the quoted one, or not.  What is claimed to be about so much
-holds within a factor of two.
+A count has no interval: it is equal to the quoted one, or not.  A claim that a quantity is about so
+much holds within a factor of two.
 """
 
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a study says of a claim.
+    """The verdict of a study on a claim.
 
     Attributes:
         claim: its key in CLAIMS.
         measured: the figure with its interval, in words.
         verdict: one of VERDICTS.
         on: model, data and number of seeds.
-        note: what else has to be known.
+        note: what a reader has to know besides.
     """
 
     claim: str
@@ -71,25 +71,29 @@ class Finding:
         return {**asdict(CLAIMS[self.claim]), **asdict(self)}
 
 
-def judge(
-    measured: Estimate, seeds: int, alternative: float, above: bool, quoted: float | None = None
-) -> str:
-    """The verdict on a claim that a quantity is above (or below) `alternative`, and is `quoted`."""
-    low, high = measured.low, measured.high
-    if not above:  # the mirror image
-        low, high, alternative = -high, -low, -alternative
-        quoted = None if quoted is None else -quoted
-    if seeds < SEEDS:
+def above(measured: Estimate, n: int, alternative: float = 0.0, quoted: float | None = None) -> str:
+    """The verdict on a claim that a quantity is above `alternative`, and is `quoted`.
+
+    Args:
+        n: seeds, or rounds, that the interval comes from.
+    """
+    if n < SEEDS:
         return "undecided"
-    if low > alternative:
-        exact = quoted is None or low <= quoted <= high
+    if measured.low > alternative:
+        exact = quoted is None or measured.low <= quoted <= measured.high
         return "holds" if exact else "holds in direction"
-    return "fails" if high < alternative else "undecided"
+    return "fails" if measured.high < alternative else "undecided"
 
 
-def about(measured: Estimate, seeds: int, quoted: float) -> str:
+def below(measured: Estimate, n: int, alternative: float = 0.0, quoted: float | None = None) -> str:
+    """The verdict on a claim that a quantity is below `alternative`, and is `quoted`."""
+    mirrored = Estimate(-measured.value, -measured.high, -measured.low)
+    return above(mirrored, n, -alternative, None if quoted is None else -quoted)
+
+
+def about(measured: Estimate, n: int, quoted: float) -> str:
     """The verdict on a claim that a positive quantity is about `quoted`: half of it to twice."""
-    if seeds < SEEDS:
+    if n < SEEDS:
         return "undecided"
     if quoted / 2 <= measured.low and measured.high <= 2 * quoted:
         return "holds"

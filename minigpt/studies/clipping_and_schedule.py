@@ -38,44 +38,66 @@ masked, so this changes the time alone.  The default model and reviews are the b
 rate is one at which so small a model learns.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean, median, pvariance
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import peft_lite
 from minigpt.data.labelled import Rows, balanced, read_parts
 from minigpt.data.text import Batch
+from minigpt.metrics.intervals import Estimate, share
+from minigpt.models.bert import Bert, BertConfig
 from minigpt.models.config import positive
-from minigpt.objectives.classify import ShuffledExamples, consecutive_examples, encode, score
+from minigpt.objectives.classify import (
+    ShuffledExamples,
+    class_logits,
+    consecutive_examples,
+    encode,
+    score,
+)
 from minigpt.settings.options import option
 from minigpt.studies import bag_of_words
-from minigpt.studies import clipping_and_schedule_figures as figures
-from minigpt.studies import clipping_and_schedule_report as reports
-from minigpt.studies.clipping_and_schedule_measured import PARTS, Runs
+from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.encoders import (
     EVALUATED,
     Encoder,
-    Watched,
     check_encoder,
     data_name,
     load_encoder,
     read_rows,
 )
+from minigpt.studies.figures import FROZEN, FULL, OTHERS, Figures, curve, line, marks, smooth
 from minigpt.studies.lab import Part, Result
-from minigpt.studies.probes import GradientNorms
-from minigpt.studies.report import Report
+from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import learn
-from minigpt.studies.words import ran_on
+from minigpt.studies.words import over_seeds, percent, ran_on, shown, side
 from minigpt.training import memory
 from minigpt.training.train import Row, TrainConfig
 
 TITLE = "Freezing, clipping and a schedule (write-up 002)"
+SOURCES = {"model": "bert-base-uncased", "data": "the IMDB reviews"}
+PUBLISHED = {
+    "steps": 300,
+    "batch_size": 64,
+    "sequence_length": 512,
+    "lr": 1e-5,
+    "max_norm": 1.0,
+    "evaluate_every": 10,
+}
 ARMS = ("baseline", "freezing", "clipping", "schedule", "delayed")
+FROZEN_PARTS = ("attention", "embeddings")
 MEASURED = ("loss", "accuracy", "gradient_norm", "gradient_norm.mlp", "gradient_norm.classifier")
 TESTED = ("test_loss", "test_accuracy", "first_accuracy")
+QUOTED_RATES = {15: "1e-05", 100: "8.046e-06", 200: "5.747e-06", 300: "3.448e-06"}
+QUOTED_SCHEDULE = TrainConfig(300, 1e-5, "linear", warmup_steps=15, schedule_steps=450)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,19 +151,11 @@ class Settings:
         )
 
 
-SOURCES = {"model": "bert-base-uncased", "data": "the IMDB reviews"}
-PUBLISHED = {
-    "steps": 300,
-    "batch_size": 64,
-    "sequence_length": 512,
-    "lr": 1e-5,
-    "max_norm": 1.0,
-    "evaluate_every": 10,
-}
+# --- the runs -----------------------------------------------------------------------------------
 
 
 def parts(settings: Settings) -> list[Part]:
-    """What reading nothing achieves, then every arm with every seed."""
+    """What can be told without reading, then every arm with every seed."""
     positive(settings, "seeds", "batch_size", "evaluate_every")
     for arm in ARMS:
         settings.training(arm)
@@ -150,22 +164,23 @@ def parts(settings: Settings) -> list[Part]:
             f"evaluate_every is {settings.evaluate_every}, must be at most steps = {settings.steps}"
         )
     check_encoder(settings.model, settings.sequence_length)
-    _watched(settings)
-    plan = [Part("unread", unread, (settings,))]
-    plan += [
+    watched_rows(settings)
+    runs = [
         Part(f"{arm}-{seed}", run, (settings, arm, seed))
         for seed in range(settings.seeds)
         for arm in ARMS
     ]
-    return plan
+    return [Part("unread", unread, (settings,)), *runs]
 
 
 def unread(folder: Path, settings: Settings) -> Result:
-    """What counting words tells, and always the same answer; and what the first batch holds."""
-    train_rows, test_rows = _rows(settings, 0)
+    """How many reviews are told right by counting words, and by always giving the more frequent
+    answer; and the labels of the first batch.
+    """
+    train_rows, test_rows = heldout_rows(settings)
     bag = bag_of_words.accuracy(train_rows, test_rows)
     positives = sum(label for _, label in test_rows)
-    first = [label for _, label in _first(settings)]
+    first = [label for _, label in first_rows(settings)]
     return {
         "rows": len(test_rows),
         "train_rows": len(train_rows),
@@ -176,23 +191,32 @@ def unread(folder: Path, settings: Settings) -> Result:
     }
 
 
+def heldout_rows(settings: Settings) -> tuple[Rows, Rows]:
+    """Training rows of seed 0, and the held-out rows, which are the same for all seeds."""
+    return read_rows(settings.data, settings.train_rows, settings.test_rows, 0)
+
+
+def watched_rows(settings: Settings) -> Rows:
+    """The held-out rows that are measured along the way."""
+    return balanced(heldout_rows(settings)[1], settings.watched_rows, 0)
+
+
+def first_rows(settings: Settings) -> Rows:
+    """The first batch of an unshuffled test set in IMDB's order, negatives first."""
+    return sorted(read_parts(settings.data)[1], key=itemgetter(1))[: settings.batch_size]
+
+
 def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
     """Trains one arm."""
     before = memory.resident()
-    encoder = load_encoder(
-        settings.model,
-        settings.data,
-        settings.sequence_length,
-        settings.train_rows,
-        settings.test_rows,
-        seed,
-    )
+    rows = (settings.train_rows, settings.test_rows)
+    encoder = load_encoder(settings.model, settings.data, settings.sequence_length, *rows, seed)
     model = encoder.model
     if arm != "baseline":
-        peft_lite.attach(model, peft_lite.FreezeConfig(freeze=PARTS))
+        peft_lite.attach(model, peft_lite.FreezeConfig(freeze=FROZEN_PARTS))
     sets = {
-        "test": _batches(encoder, settings, _watched(settings)),
-        "first": _batches(encoder, settings, _first(settings)),
+        "test": measured_batches(encoder, settings, watched_rows(settings)),
+        "first": measured_batches(encoder, settings, first_rows(settings)),
     }
     shuffled = ShuffledExamples(encoder.train, settings.batch_size, seed, encoder.pad)
     watched = Watched(model, shuffled, sets, settings.evaluate_every)
@@ -204,70 +228,563 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
             "classifier": weights["head.classifier.weight"],
         }
     )
-    config, title = settings.training(arm), f"{arm}, seed {seed}"
     torch.manual_seed(seed)  # of dropout
-    tokens = settings.batch_size * settings.sequence_length
-    rows = learn(
-        folder, title, model, watched.loss, watched.batch, config, tokens, [watched, norms]
+    metrics = learn(
+        folder,
+        f"{arm}, seed {seed}",
+        model,
+        watched.loss,
+        watched.batch,
+        settings.training(arm),
+        settings.batch_size * settings.sequence_length,
+        [watched, norms],
     )
     loss, right = score(model, encoder.test_batches())
     _, first_right = score(model, sets["first"])
+    counts = peft_lite.report(model)
     return {
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total": sum(p.numel() for p in model.parameters()),
+        "trainable": counts.trainable,
+        "total": counts.total,
         "layer": layer,
         "loss": loss,
         "right": round(right.value * len(encoder.test)),
         "first_accuracy": first_right.value,
-        "seconds": sum(row["seconds"] for row in rows),
+        "seconds": sum(row["seconds"] for row in metrics),
         "memory_bytes": memory.peak() - before,
-        "steps": {name: _column(rows, name) for name in MEASURED},
-        "tests": {name: _column(rows, name) for name in TESTED},
+        "steps": {name: column(metrics, name) for name in MEASURED},
+        "tests": {name: column(metrics, name) for name in TESTED},
     }
 
 
-def gather(settings: Settings, results: Mapping[str, Result]) -> Runs:
-    """The runs by their arms."""
-    seeds = range(settings.seeds)
-    return Runs(
-        arms={arm: [results[f"{arm}-{seed}"] for seed in seeds] for arm in ARMS},
-        configs={arm: settings.training(arm) for arm in ARMS},
-        unread=results["unread"],
-        on=ran_on(settings.model, [data_name(settings.data)], settings.seeds),
-    )
-
-
-def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Report:
-    """Figures, tables and verdicts."""
-    runs = gather(settings, results)
-    return Report(
-        TITLE,
-        reports.answer(runs),
-        figures.draw(runs, settings.evaluate_every, out / "figures"),
-        reports.tables(runs),
-        reports.findings(runs),
-    )
-
-
-def _rows(settings: Settings, seed: int) -> tuple[Rows, Rows]:
-    return read_rows(settings.data, settings.train_rows, settings.test_rows, seed)
-
-
-def _watched(settings: Settings) -> Rows:
-    """The held-out rows that are measured along the way."""
-    return balanced(_rows(settings, 0)[1], settings.watched_rows, 0)
-
-
-def _first(settings: Settings) -> Rows:
-    """The first batch of an unshuffled test set in IMDB's order, negatives first."""
-    return sorted(read_parts(settings.data)[1], key=itemgetter(1))[: settings.batch_size]
-
-
-def _batches(encoder: Encoder, settings: Settings, rows: Rows) -> list[Batch]:
+def measured_batches(encoder: Encoder, settings: Settings, rows: Rows) -> list[Batch]:
+    """Batches of rows that nothing is learned from."""
     examples = encode(rows, encoder.tokenizer, settings.sequence_length)
     return list(consecutive_examples(examples, EVALUATED, encoder.pad))
 
 
-def _column(rows: Sequence[Row], name: str) -> list[float]:
+def column(metrics: Sequence[Row], name: str) -> list[float]:
     """A column of the metrics to six digits; `metrics.jsonl` has them all."""
-    return [float(f"{row[name]:.6g}") for row in rows if name in row]
+    return [float(f"{row[name]:.6g}") for row in metrics if name in row]
+
+
+class Watched:
+    """The batches and the loss of a run, and a probe of the training loop.
+
+    The probe gives the `accuracy` of the step's own batch, out of the same forward pass with its
+    dropout, and every `every` steps the loss and the accuracy on some sets of batches, as
+    `test_loss` and `test_accuracy` for a set called `test`.
+    """
+
+    def __init__(
+        self,
+        model: Bert,
+        batches: Callable[[int], Batch],
+        sets: Mapping[str, Sequence[Batch]],
+        every: int,
+    ) -> None:
+        self.model, self.batches, self.sets, self.every = model, batches, sets, every
+        self.step, self.right = 0, 0.0
+
+    def batch(self, i: int) -> Batch:
+        """Batch number i, that of step i + 1."""
+        self.step = i + 1
+        return self.batches(i)
+
+    def loss(self, model: Bert, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats over the rows."""
+        logits = class_logits(model, batch)
+        right = logits.detach().argmax(-1) == batch["labels"]
+        self.right = right.float().mean().item()
+        return F.cross_entropy(logits, batch["labels"])
+
+    def before(self) -> Row:
+        return {"accuracy": self.right}
+
+    def after(self) -> Row:
+        row: Row = {}
+        if self.step % self.every == 0:
+            for name, batches in self.sets.items():
+                row[f"{name}_loss"], right = score(self.model, batches)
+                row[f"{name}_accuracy"] = right.value
+        return row
+
+
+class GradientNorms:
+    """Norms of some gradients before clipping: `name` -> |g|, as `gradient_norm.name`.
+
+    Frozen parameters have none.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def before(self) -> Row:
+        return {
+            f"gradient_norm.{name}": p.grad.norm().item()
+            for name, p in self.parameters.items()
+            if p.grad is not None
+        }
+
+    def after(self) -> Row:
+        return {}
+
+
+# --- what they say ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All runs, and the figures that the claims are about.
+
+    Attributes:
+        arms: arm -> its runs, one a seed.
+        unread: what can be told without reading.
+    """
+
+    settings: Settings
+    arms: Mapping[str, Sequence[Result]]
+    unread: Result
+
+    @property
+    def rows(self) -> int:
+        """Held-out reviews."""
+        return int(self.unread["rows"])
+
+    def each(self, arm: str, figure: Callable[[Result], float]) -> list[float]:
+        """A figure of every seed's run."""
+        return [figure(run) for run in self.arms[arm]]
+
+    def mean(self, arm: str, figure: Callable[[Result], float]) -> float:
+        """Its mean over seeds."""
+        return fmean(self.each(arm, figure))
+
+    def accuracy(self, arm: str) -> Estimate:
+        """The mean over seeds, with the interval that so many reviews leave."""
+        right = self.mean(arm, lambda run: run["right"])
+        return replace(share(round(right), self.rows), value=right / self.rows)
+
+    def bag_of_words(self) -> Estimate:
+        """The accuracy of counting words."""
+        return share(self.unread["bag_of_words"], self.rows)
+
+    def first(self, arm: str) -> float:
+        """The course's accuracy, that of the first batch alone, at the end of training."""
+        return self.mean(arm, lambda run: run["first_accuracy"])
+
+    def clipped(self, arm: str) -> float:
+        """Share of the steps that clipping changed."""
+        return self.mean(arm, lambda run: fmean(taken > 0 for taken in self.lost(arm, run)))
+
+    def lost(self, arm: str, run: Result) -> list[float]:
+        """Delta g of each step."""
+        return lost(run["steps"]["gradient_norm"], self.settings.training(arm))
+
+    def gain(self) -> Estimate:
+        """Accuracy with everything less that of the baseline."""
+        pairs = zip(self.arms["schedule"], self.arms["baseline"], strict=True)
+        return over_seeds([(a["right"] - b["right"]) / self.rows for a, b in pairs])
+
+    def log_variance(self, of: Callable[[Result], float]) -> Estimate:
+        """Logarithm of a variance of the loss with clipping and schedule over that with neither;
+        the same tensors train in both.
+        """
+        pairs = zip(self.arms["schedule"], self.arms["freezing"], strict=True)
+        return over_seeds([math.log(of(a) / of(b)) for a, b in pairs])
+
+    def variance_ratio(self, of: Callable[[Result], float]) -> str:
+        """The geometric mean of these ratios, with its interval."""
+        log = self.log_variance(of)
+        low, high = (math.exp(x) if math.isfinite(x) else x for x in (log.low, log.high))
+        return shown(Estimate(math.exp(log.value), low, high), ".2f")
+
+
+def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
+    seeds = range(settings.seeds)
+    arms = {arm: [results[f"{arm}-{seed}"] for seed in seeds] for arm in ARMS}
+    return Measured(settings, arms, results["unread"])
+
+
+def lost(norms: Sequence[float], config: TrainConfig) -> list[float]:
+    """Delta g of each step, from |g|."""
+    # Delta g = |g| - |g'|,   |g'| = min(|g|, c(t))
+    return [norm - min(norm, config.limit(t)) for t, norm in enumerate(norms)]
+
+
+def straight(config: TrainConfig, t: int) -> float:
+    """The write-up's third line, without warm-up: rate of the update that follows `t` others."""
+    return config.lr * (1 - t / config.schedule_length)
+
+
+def below_one(run: Result) -> float:
+    """Share of the steps in which the gradient of the MLP's weight has a norm below 1."""
+    return fmean(norm < 1 for norm in run["steps"]["gradient_norm.mlp"])
+
+
+def early_classifier(run: Result) -> float:
+    """Mean norm of the classifier's gradient in the first tenth of the steps."""
+    norms = run["steps"]["gradient_norm.classifier"]
+    return fmean(norms[: max(1, len(norms) // 10)])
+
+
+def last_half(run: Result) -> list[float]:
+    """The training losses of the last half of the steps."""
+    losses: list[float] = run["steps"]["loss"]
+    return losses[len(losses) // 2 :]
+
+
+def tail_variance(run: Result) -> float:
+    """Of the training loss, over the last half of the steps."""
+    return pvariance(last_half(run))
+
+
+def jumps(run: Result) -> float:
+    """Half the mean square of the difference of neighbouring losses."""
+    losses = run["steps"]["loss"]
+    return fmean([(a - b) ** 2 / 2 for a, b in zip(losses[1:], losses[:-1], strict=True)])
+
+
+def frozen_of_bert_base() -> tuple[int, int]:
+    """Parameters of BERT-base with two classes that the rule freezes, and all there are."""
+    with torch.device("meta"):
+        model = Bert(BertConfig(), "classification", 2)
+    sizes = {model.names.to_hf(name): p.numel() for name, p in model.named_parameters()}
+    frozen = sum(n for name, n in sizes.items() if any(part in name for part in FROZEN_PARTS))
+    return frozen, sum(sizes.values())
+
+
+def report(m: Measured) -> Report:
+    """The answer, tables and verdicts."""
+    return Report(TITLE, answer(m), tables(m), findings(m))
+
+
+def answer(m: Measured) -> list[str]:
+    """Three sentences."""
+    best = max(ARMS, key=lambda arm: m.accuracy(arm).value)
+    gain, variance, bag = m.gain(), m.log_variance(tail_variance), m.bag_of_words()
+    seeds = m.settings.seeds
+    apart = "seeds do not tell them apart" if seeds > 1 else "one seed tells nothing apart"
+    better = side(gain, 0, "more than", "fewer than", "beside")
+    doubt = side(gain, 0, "", "", f" ({apart})")
+    lower = side(variance, 0, ", higher", ", lower", f" ({apart})")
+    rank = side(m.accuracy(best), bag.value, "is above", "is below", "is not told apart from")
+    negative, positive = m.unread["first_negative"], m.unread["first_positive"]
+    first = negative + positive
+    kinds = "both classes" if min(negative, positive) else "one class only"
+    return [
+        f"With freezing, clipping and schedule {percent(m.accuracy('schedule'))} of {m.rows} "
+        f"held-out reviews are told right, {better} the {percent(m.accuracy('baseline'))} with "
+        f"none of them{doubt}; the best arm, {best} at {100 * m.accuracy(best).value:.1f} %, "
+        f"{rank} the {percent(bag)} of counting words.",
+        f"The variance of the training loss over the last half of the steps is "
+        f"{m.variance_ratio(tail_variance)} times that with neither clipping nor schedule on the "
+        f"same tensors{lower}; clipping took part in {100 * m.clipped('schedule'):.0f} % of the "
+        f"steps.",
+        f"The course's measure, always the same {first} test reviews and {kinds}, ends at "
+        f"{100 * m.first('schedule'):.1f} % and {100 * m.first('baseline'):.1f} % for these two, "
+        f"and would give {100 * max(negative, positive) / first:.0f} % to a model that says the "
+        f"same of every review.",
+    ]
+
+
+def findings(m: Measured) -> list[Finding]:
+    """A verdict on each claim."""
+    frozen, total = frozen_of_bert_base()
+    rates = {t: f"{QUOTED_SCHEDULE.rate(t):.4g}" for t in QUOTED_RATES}
+    mlp = over_seeds(m.each("schedule", below_one))
+    classifier = over_seeds(m.each("schedule", early_classifier))
+    gain, variance = m.gain(), m.log_variance(tail_variance)
+    negative, positive = m.unread["first_negative"], m.unread["first_positive"]
+    seeds = m.settings.seeds
+    on = ran_on(m.settings.model, [data_name(m.settings.data)], seeds)
+    return [
+        Finding(
+            "clipping.count",
+            f"{frozen:,} of {total:,}, {100 * frozen / total:.2f} %",
+            count(frozen, 52_204_032),
+            "the published shape of BERT-base with two classes",
+        ),
+        Finding(
+            "clipping.rates",
+            ", ".join(rates.values()),
+            "holds" if rates == QUOTED_RATES else "fails",
+            "the published schedule",
+            "after so many steps of the schedule; update n runs at the rate after n - 1",
+        ),
+        Finding(
+            "clipping.accuracy",
+            f"{percent(gain, ' points')}: {percent(m.accuracy('schedule'))} against "
+            f"{percent(m.accuracy('baseline'))}",
+            above(gain, seeds, quoted=0.05),  # 90 against 85 %
+            on,
+            f"{m.rows} held-out reviews, half of each label; the interval of the difference is "
+            "over seeds, those of the two over reviews",
+        ),
+        Finding(
+            "clipping.variance",
+            f"{m.variance_ratio(tail_variance)} times that of the same tensors with neither",
+            below(variance, seeds),
+            on,
+            "variance of the training loss over the last half of the steps, geometric mean; from "
+            f"step to step, which leaves its fall out, {m.variance_ratio(jumps)} times",
+        ),
+        Finding(
+            "clipping.mlp-norm",
+            f"below 1 in {percent(mlp)} of the steps",
+            above(mlp, seeds, 0.5),
+            on,
+            f"block {m.arms['schedule'][0]['layer']}, counted from 0, before clipping; mostly: in "
+            "more than half of the steps",
+        ),
+        Finding(
+            "clipping.classifier-norm",
+            f"{shown(classifier, '.2f')} on average",
+            above(classifier, seeds, 1),
+            on,
+            "before clipping; early: the first tenth of the steps",
+        ),
+        Finding(
+            "clipping.measure",
+            f"{negative} negative and {positive} positive reviews; it says "
+            f"{100 * m.first('schedule'):.1f} %, all held-out reviews "
+            f"{100 * m.accuracy('schedule').value:.1f} %",
+            count((negative > 0) + (positive > 0), 2),
+            on,
+            "classes in the first batch, negatives first as in IMDB, against the test set's two; "
+            "the loader is not shuffled and starts again at each evaluation",
+        ),
+    ]
+
+
+def tables(m: Measured) -> list[Table]:
+    """Accuracies, norms, variances, rates."""
+    accuracies = table(
+        "Held-out accuracy",
+        "arm",
+        ARMS,
+        {
+            "trains": lambda arm: f"{m.arms[arm][0]['trainable']:,}",
+            "mean rate": lambda arm: f"{mean_rate(m.settings.training(arm)):.3g}",
+            "accuracy [reviews]": lambda arm: percent(m.accuracy(arm)),
+            "accuracy [seeds]": lambda arm: percent(
+                over_seeds(m.each(arm, lambda run: run["right"] / m.rows))
+            ),
+            "loss, nats": lambda arm: f"{m.mean(arm, lambda run: run['loss']):.4f}",
+            "course's measure": lambda arm: f"{100 * m.first(arm):.1f} %",
+        },
+        f"{m.rows} held-out reviews, half of each label. [reviews]: Wilson's interval for so "
+        "many reviews; [seeds]: Student's over the seeds, where there are two or more. Course's "
+        "measure: the first batch alone, negatives first. Bag of words: logistic regression on "
+        f"counts of words, from {m.unread['train_rows']:,} training reviews.",
+    )
+    majority = share(m.unread["majority"], m.rows)
+    unread = [
+        [name, "", "", percent(accuracy), "", "", ""]
+        for name, accuracy in (("bag of words", m.bag_of_words()), ("always one answer", majority))
+    ]
+    return [
+        replace(accuracies, rows=[*accuracies.rows, *unread]),
+        table(
+            "Norms of gradients, before clipping",
+            "arm",
+            ARMS,
+            {
+                "|g|, median": lambda arm: f"{median(all_norms(m, arm)):.3g}",
+                "|g|, largest": lambda arm: f"{max(all_norms(m, arm)):.3g}",
+                "MLP below 1": lambda arm: f"{100 * m.mean(arm, below_one):.1f} %",
+                "classifier, early": lambda arm: f"{m.mean(arm, early_classifier):.3g}",
+                "steps clipped": lambda arm: f"{100 * m.clipped(arm):.0f} %",
+                "Delta g, mean": lambda arm: f"{m.mean(arm, lambda r: fmean(m.lost(arm, r))):.3g}",
+            },
+            "|g| is that of all trained tensors, so of fewer where some are frozen. MLP below 1: "
+            "share of the steps. Early: the first tenth of the steps.",
+        ),
+        table(
+            "Variance of the training loss",
+            "arm",
+            ARMS,
+            {
+                "all steps": lambda arm: (
+                    f"{m.mean(arm, lambda run: pvariance(run['steps']['loss'])):.4g}"
+                ),
+                "last half": lambda arm: f"{m.mean(arm, tail_variance):.4g}",
+                "step to step": lambda arm: f"{m.mean(arm, jumps):.4g}",
+                "mean loss, last half": lambda arm: (
+                    f"{m.mean(arm, lambda run: fmean(last_half(run))):.4f}"
+                ),
+            },
+            "Over all steps the variance is mostly the fall of the loss, larger where it falls "
+            "further. Step to step: half the mean square of the difference of neighbours. All arms "
+            "see the same batches.",
+        ),
+        rate_table(),
+    ]
+
+
+def mean_rate(config: TrainConfig) -> float:
+    return fmean(config.rate(t) for t in range(config.steps))
+
+
+def all_norms(m: Measured, arm: str) -> list[float]:
+    """|g| of all steps of all seeds."""
+    return [norm for run in m.arms[arm] for norm in run["steps"]["gradient_norm"]]
+
+
+def rate_table() -> Table:
+    schedule, at = QUOTED_SCHEDULE, list(QUOTED_RATES)
+    lines = {
+        "after so many steps of the schedule": [schedule.rate(t) for t in at],
+        "update, optimizer first (used here)": [schedule.rate(t - 1) for t in at],
+        "update, schedule first (section 3.4)": [schedule.rate(t) for t in at],
+        "update, 1 - t / T_sched": [straight(schedule, t - 1) for t in at],
+    }
+    return Table(
+        "Rates of the published schedule",
+        ["", *map(str, at)],
+        [[name, *(f"{rate:.4g}" for rate in rates)] for name, rates in lines.items()],
+        "The write-up quotes the first line.",
+    )
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+STYLES = dict(zip(ARMS, (FULL, FROZEN, *OTHERS), strict=False))
+LABELS = {
+    "baseline": "baseline",
+    "freezing": "+ freezing",
+    "clipping": "+ clipping",
+    "schedule": "+ schedule",
+    "delayed": "+ schedule, clipping delayed",
+}
+SMOOTHED = 10  # steps
+
+
+def draw(m: Measured, figures: Figures) -> None:
+    """All figures."""
+    draw_rates(m.settings.training("schedule"), figures)
+    draw_course(m, figures)
+    draw_norms(m, figures)
+    draw_lost(m, figures)
+    draw_measures(m, figures)
+
+
+def draw_rates(config: TrainConfig, figures: Figures) -> None:
+    """The learning rate of each update, by the three readings of the write-up."""
+    caption = (
+        f"Learning rate of each update: warm-up over {config.warmup_steps}, then linear decay to 0 "
+        f"at {config.schedule_length}, beyond the last update. The runs use the solid line, whose "
+        "first update has rate 0."
+    )
+    updates = range(1, config.steps + 1)
+    lines = [
+        ("optimizer first: the notebook, and here", [config.rate(n - 1) for n in updates], FULL),
+        ("schedule first: section 3.4", [config.rate(n) for n in updates], FROZEN),
+        ("1 - t / T_sched", [straight(config, n - 1) for n in updates], OTHERS[0]),
+        ("constant: baseline, freezing, clipping", [config.lr for _ in updates], OTHERS[1]),
+    ]
+    begin = min(config.steps, 2 * config.warmup_steps + 2)
+    grid = {"ncols": 2, "width_ratios": (3, 2)}
+    with figures.add("rate.png", caption, 9, 3.6, **grid) as (whole, start):
+        for name, rates, style in lines:
+            curve(whole, rates, style, name)
+            start.plot(updates[:begin], rates[:begin], **line(style), marker=".")
+        whole.set(xlabel="update", ylabel="learning rate", title="all updates")
+        start.set(xlabel="update", title="the first ones")
+        whole.set_ylim(bottom=0)
+        whole.legend(fontsize="small")
+
+
+def draw_course(m: Measured, figures: Figures) -> None:
+    """Loss and accuracy along the way, training left, held-out right."""
+    every, seeds = m.settings.evaluate_every, m.settings.seeds
+    caption = (
+        "Loss and accuracy. Training: of each step's own batch, with dropout. Held-out: of "
+        "reviews that are not trained on, half of each label"
+        + (f"; means over {seeds} seeds." if seeds > 1 else ".")
+    )
+    grid = {"nrows": 2, "ncols": 2, "sharex": True}
+    with figures.add("loss_accuracy.png", caption, 9, 6.4, **grid) as panels:
+        for name, label, (trained, tested) in zip(
+            ("loss", "accuracy"), ("loss, nats", "accuracy"), panels, strict=True
+        ):
+            for arm in ARMS:
+                steps = mean_course([run["steps"][name] for run in m.arms[arm]])
+                curve(trained, smooth(steps, SMOOTHED), STYLES[arm], LABELS[arm])
+                tests = mean_course([run["tests"][f"test_{name}"] for run in m.arms[arm]])
+                at = range(every, every * len(tests) + 1, every)
+                tested.plot(at, tests, markersize=3, **STYLES[arm])
+            trained.set(ylabel=label)
+            tested.sharey(trained)
+        panels[0][0].set(title=f"training, mean of {SMOOTHED} steps")
+        panels[0][1].set(title=f"held-out, every {every} steps")
+        for bottom in panels[1]:
+            bottom.set(xlabel="update")
+        panels[0][0].legend(fontsize="small")
+
+
+def mean_course(runs: Sequence[Sequence[float]]) -> list[float]:
+    """Step by step over the seeds."""
+    return [fmean(values) for values in zip(*runs, strict=True)]
+
+
+def draw_norms(m: Measured, figures: Figures) -> None:
+    """Norms of two weights' gradients."""
+    caption = (
+        f"Norm of two gradients before clipping, and the line at 1: the MLP's output weight in "
+        f"block {m.arms['schedule'][0]['layer']}, counted from 0, and the classifier's weight; "
+        "seed 0."
+    )
+    names = {"mlp": "output weight of the MLP", "classifier": "weight of the classifier"}
+    with figures.add("norms.png", caption, 9, 3.8, ncols=2, sharey=True) as panels:
+        for axes, (name, title) in zip(panels, names.items(), strict=True):
+            for arm in ("freezing", "schedule"):
+                scatter(axes, arm, m.arms[arm][0]["steps"][f"gradient_norm.{name}"])
+            axes.axhline(1, color="black", linewidth=1)
+            axes.set(title=title, xlabel="update", yscale="log")
+        panels[0].set(ylabel="norm of the gradient, before clipping")
+        panels[1].legend(fontsize="small")
+
+
+def draw_lost(m: Measured, figures: Figures) -> None:
+    """Delta g of each step."""
+    delay = m.settings.delay
+    caption = (
+        "What clipping takes from the gradient, Delta g = |g| - |g'| over all trained tensors. "
+        f"The delayed arm is not clipped in the first {delay} updates, left of the dotted line; "
+        "seed 0."
+    )
+    with figures.add("lost.png", caption, 8, 3.8) as axes:
+        for arm in ("clipping", "schedule", "delayed"):
+            scatter(axes, arm, m.lost(arm, m.arms[arm][0]))
+        axes.axvline(delay + 0.5, color="black", linewidth=1, linestyle=":")
+        axes.set(xlabel="update", ylabel="|g| before clipping - |g| after")
+        axes.legend(fontsize="small")
+
+
+def scatter(axes: Any, arm: str, values: Sequence[float]) -> None:
+    """A mark for each update of an arm."""
+    at, style = range(1, len(values) + 1), marks(STYLES[arm])
+    axes.scatter(at, values, s=9, alpha=0.7, label=LABELS[arm], **style)
+
+
+def draw_measures(m: Measured, figures: Figures) -> None:
+    """The course's measure beside the held-out accuracy."""
+    caption = (
+        "Two measures of the same models. The course's shows one class only, negatives, and swings "
+        "with whatever the model says more often."
+    )
+    every, grey = m.settings.evaluate_every, {"color": "#6b6b6b", "linewidth": 1}
+    measures = {
+        "test_accuracy": ("held-out reviews, half of each label", FULL),
+        "first_accuracy": ("the course's: the same first batch", FROZEN),
+    }
+    with figures.add("measure.png", caption, 9, 3.8, ncols=2, sharey=True) as panels:
+        for axes, arm in zip(panels, ("baseline", "schedule"), strict=True):
+            for name, (label, style) in measures.items():
+                values = mean_course([run["tests"][name] for run in m.arms[arm]])
+                at = range(every, every * len(values) + 1, every)
+                axes.plot(at, values, markersize=3, label=label, **style)
+            axes.axhline(m.bag_of_words().value, linestyle="-.", label="bag of words", **grey)
+            axes.axhline(0.5, linestyle=":", label="one answer", **grey)
+            axes.set(title=LABELS[arm], xlabel="update")
+        panels[0].set(ylabel="accuracy", ylim=(-0.03, 1.03))
+        panels[1].legend(fontsize="small")

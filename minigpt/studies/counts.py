@@ -1,9 +1,20 @@
-"""The counts of the write-ups, on the layers that they speak of."""
+"""The published models, and layers of the sizes that the write-ups speak of, to be counted: they
+have shapes and no values.
+"""
 
 import torch
 from torch import nn
 
 import peft_lite
+from minigpt.models.architectures import ARCHITECTURES, outline
+from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
+
+
+def gpt_neo_125m() -> GPTNeo:
+    """GPT-Neo-125M: 125,198,592 parameters."""
+    model = outline(ARCHITECTURES["gpt_neo"], GPTNeoConfig(), "causal-lm")
+    assert isinstance(model, GPTNeo)
+    return model
 
 
 def lora_counts(rows: int, columns: int, r: int) -> tuple[int, int]:
@@ -13,6 +24,6 @@ def lora_counts(rows: int, columns: int, r: int) -> tuple[int, int]:
     """
     with torch.device("meta"):
         model = nn.ModuleDict({"layer": nn.Linear(columns, rows, bias=False)})
-        whole = peft_lite.report(model).trainable
+        full = peft_lite.report(model).trainable
         peft_lite.attach(model, peft_lite.LoraConfig(["layer"], r=r))
-    return peft_lite.report(model).trainable, whole
+    return peft_lite.report(model).trainable, full

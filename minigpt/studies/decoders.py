@@ -1,9 +1,14 @@
-"""What the studies of a decoder share: a model with its text, and what it writes.
+"""What the studies of a decoder share: a model with its text, how it trains, what it writes.
+
+The write-ups 000 and 001 fine-tune a set T of parameters, chosen by their names, with AdamW at a
+constant rate and without clipping:
+
+    theta_i <- theta_i - eta AdamW(g)_i    for i in T;    all other theta_i stay
 
 Popular tokens: p is the share of sampled tokens that are among the k most frequent ones of a text.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +18,17 @@ from torch import Tensor
 
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import ASSETS, find
-from minigpt.data.text import read_text, split_text
+from minigpt.data.text import RandomWindows, read_text, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
-from minigpt.metrics.intervals import Estimate, popular_share
 from minigpt.models.gpt_neo import GPTNeo
+from minigpt.objectives.causal import language_model_loss
+from minigpt.studies.training import learn
+from minigpt.training.train import Probe, Row, TrainConfig
 
 CARROLL, POE = "bundled-carroll", "bundled-poe"  # the tales in the package
 TALES = {name: ASSETS / "tales" / f"{name.removeprefix('bundled-')}.txt" for name in (CARROLL, POE)}
+Rule = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,66 @@ def text_of(source: str) -> str:
     return read_text(TALES.get(source) or Path(source))
 
 
-def encode(decoder: Decoder, text: str, heldout: float) -> tuple[Tensor, Tensor]:
-    """Token ids of the text in a file: the part to train on, and the held-out end of it."""
-    parts = split_text(text_of(text), heldout)
+def token_ids(decoder: Decoder, source: str) -> Tensor:
+    """The whole text, (n,)."""
+    return torch.tensor(decoder.tokenizer.encode(text_of(source)))
+
+
+def split_ids(decoder: Decoder, source: str, heldout: float) -> tuple[Tensor, Tensor]:
+    """Token ids of a text: the part to train on, and the held-out end of it."""
+    parts = split_text(text_of(source), heldout)
     train, test = (torch.tensor(decoder.tokenizer.encode(part)) for part in parts)
     return train, test
+
+
+def check_length(decoder: Decoder, sequence_length: int, tokens: int) -> None:
+    """Raises ValueError where the model has too few positions for a window, or for the sampled
+    `tokens` after one start token.
+    """
+    limit = decoder.model.max_tokens
+    for option, value, needed in (
+        ("sequence_length", sequence_length, sequence_length),
+        ("tokens", tokens, tokens + 1),
+    ):
+        if needed > limit:
+            raise ValueError(f"{option} is {value}, the model has {limit} positions")
+
+
+def train_only(model: GPTNeo, rule: Rule) -> int:
+    """Lets those parameters train whose checkpoint names the rule picks, and no others.
+
+    Returns:
+        How many tensors train.
+    """
+    picked = [rule(model.names.to_hf(name)) for name, _ in model.named_parameters()]
+    for p, trains in zip(model.parameters(), picked, strict=True):
+        p.requires_grad_(trains)
+    return sum(picked)
+
+
+def constant_rate(steps: int, lr: float, weight_decay: float) -> TrainConfig:
+    """No schedule, no clipping."""
+    return TrainConfig(
+        steps,
+        lr=lr,
+        schedule="constant",
+        weight_decay=weight_decay,
+        max_norm=None,
+        snapshot_every=50,
+    )
+
+
+def tune(
+    folder: Path,
+    decoder: Decoder,
+    batches: RandomWindows,
+    config: TrainConfig,
+    probes: Sequence[Probe] = (),
+) -> list[Row]:
+    """Trains the parameters that require a gradient, as `learn` does."""
+    torch.manual_seed(batches.seed)  # of dropout: the same for all models of one seed
+    model, tokens = decoder.model, batches.batch_size * batches.length
+    return learn(folder, folder.name, model, language_model_loss, batches, config, tokens, probes)
 
 
 def starts(ids: Tensor, n: int, seed: int) -> Tensor:
@@ -73,10 +136,3 @@ def sample(decoder: Decoder, prompts: Tensor, tokens: int, seed: int) -> list[in
     random = torch.Generator(decoder.device).manual_seed(seed)
     ids = generate(decoder.model, prompts.to(decoder.device), tokens, top_k=50, generator=random)
     return ids[:, prompts.size(1) :].flatten().tolist()
-
-
-def popularity(
-    decoder: Decoder, prompts: Tensor, tokens: int, popular: Collection[int], seed: int
-) -> Estimate:
-    """P of a sample."""
-    return popular_share(sample(decoder, prompts, tokens, seed), popular)

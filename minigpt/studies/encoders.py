@@ -1,11 +1,9 @@
 """What the studies of an encoder share: a model with a classifier on it, and labelled texts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import find
@@ -14,8 +12,7 @@ from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.models.architectures import outline, read_config
 from minigpt.models.bert import Bert
-from minigpt.objectives.classify import Example, class_logits, consecutive_examples, encode, score
-from minigpt.training.train import Row
+from minigpt.objectives.classify import Example, consecutive_examples, encode
 
 EVALUATED = 64  # rows in a batch that is only measured
 
@@ -39,7 +36,7 @@ class Encoder:
 
 
 def data_name(data: str) -> str:
-    """Of labelled texts, in words."""
+    """The name of labelled texts in findings."""
     return "bundled reviews" if data == "bundled" else data
 
 
@@ -104,45 +101,3 @@ def load_encoder(
     return Encoder(
         model, tokenizer, encode(train, tokenizer, length), encode(test, tokenizer, length)
     )
-
-
-class Watched:
-    """The batches and the loss of a run that also say what each step shows.
-
-    As a probe of the training loop it gives the `accuracy` of the step's own batch, out of the same
-    forward pass with its dropout, and every `every` steps loss and accuracy of some sets of
-    batches, as `test_loss` and `test_accuracy` for a set called `test`.
-    """
-
-    def __init__(
-        self,
-        model: Bert,
-        batches: Callable[[int], Batch],
-        sets: Mapping[str, Sequence[Batch]],
-        every: int,
-    ) -> None:
-        self.model, self.batches, self.sets, self.every = model, batches, sets, every
-        self.step, self.right = 0, 0.0
-
-    def batch(self, i: int) -> Batch:
-        """Batch number i, that of step i + 1."""
-        self.step = i + 1
-        return self.batches(i)
-
-    def loss(self, model: Bert, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats over the rows."""
-        logits = class_logits(model, batch)
-        right = logits.detach().argmax(-1) == batch["labels"]
-        self.right = right.float().mean().item()
-        return F.cross_entropy(logits, batch["labels"])
-
-    def before(self) -> Row:
-        return {"accuracy": self.right}
-
-    def after(self) -> Row:
-        row: Row = {}
-        if self.step % self.every == 0:
-            for name, batches in self.sets.items():
-                row[f"{name}_loss"], right = score(self.model, batches)
-                row[f"{name}_accuracy"] = right.value
-        return row

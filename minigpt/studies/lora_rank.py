@@ -26,25 +26,28 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
 
 import peft_lite
 from minigpt.data.text import RandomWindows, consecutive_windows
+from minigpt.metrics.intervals import Estimate, mean
 from minigpt.models.config import positive
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods
 from minigpt.settings.methods import MethodOptions
 from minigpt.settings.options import option
-from minigpt.studies import lora_rank_figures as figures
-from minigpt.studies import lora_rank_findings as findings
-from minigpt.studies.decoders import CARROLL, encode, load_decoder
+from minigpt.studies.claims import SEEDS, Finding, count
+from minigpt.studies.counts import lora_counts
+from minigpt.studies.decoders import CARROLL, load_decoder, split_ids
+from minigpt.studies.figures import OTHERS, Figures, line, points
 from minigpt.studies.lab import Part, Result
-from minigpt.studies.lora_rank_findings import FULL, RANKS, SHARES, part_name
-from minigpt.studies.report import Report
-from minigpt.studies.training import learn
-from minigpt.studies.words import ran_on
+from minigpt.studies.report import Report, Table
+from minigpt.studies.training import at_least, learn
+from minigpt.studies.words import moves, ran_on
 from minigpt.training.train import TrainConfig, evaluate
 
 TITLE = "The rank of LoRA (write-up 004)"
@@ -57,6 +60,12 @@ PUBLISHED = {
     "lr": 1e-3,
     "full_lr": 5e-5,
 }
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SHARES = (Fraction(1, 16), Fraction(1, 4), Fraction(1))  # of the text's training part
+ALL = SHARES[-1]
+FULL = "full"
+ARMS = (FULL, *map(str, RANKS))
+MARGIN = 0.05  # of what fine-tuning gains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +94,13 @@ class Settings:
         )
 
 
+# --- the runs -----------------------------------------------------------------------------------
+
+
 def parts(settings: Settings) -> list[Part]:
     """One for each seed and data size."""
     positive(settings, "batch_size", "sequence_length")
-    if settings.seeds < 2:
-        raise ValueError(f"--seeds is {settings.seeds}, an interval needs at least 2")
+    at_least(settings, 2, "seeds")
     if not 0 < settings.heldout < 1:
         raise ValueError(f"--heldout is {settings.heldout}, must lie between 0 and 1")
     for arm in (FULL, str(RANKS[0])):
@@ -100,17 +111,21 @@ def parts(settings: Settings) -> list[Part]:
             f"--sequence-length is {settings.sequence_length}, there are "
             f"{decoder.model.max_tokens} positions for tokens"
         )
-    learned, left = encode(decoder, settings.text, settings.heldout)
+    learned, left = split_ids(decoder, settings.text, settings.heldout)
     list(consecutive_windows(left, settings.sequence_length, settings.batch_size))
     for share in SHARES:
-        own = learned[: int(len(learned) * share)]
-        RandomWindows(own, settings.sequence_length, settings.batch_size, 0)
+        beginning = learned[: int(len(learned) * share)]
+        RandomWindows(beginning, settings.sequence_length, settings.batch_size, 0)
     attach(decoder.model, settings, str(RANKS[0]))
     return [
         Part(part_name(share, seed), run, (settings, share, seed))
         for seed in range(settings.seeds)
         for share in SHARES
     ]
+
+
+def part_name(share: Fraction, seed: int) -> str:
+    return f"{share.numerator}-of-{share.denominator}-seed-{seed}"
 
 
 def attach(model: nn.Module, settings: Settings, arm: str) -> None:
@@ -131,11 +146,11 @@ def run(folder: Path, settings: Settings, share: Fraction, seed: int) -> Result:
     """Trains at every rank and fully, on the first `share` of the text."""
     length, size = settings.sequence_length, settings.batch_size
     decoder = load_decoder(settings.model)
-    learned, left = encode(decoder, settings.text, settings.heldout)
+    learned, left = split_ids(decoder, settings.text, settings.heldout)
     batches = RandomWindows(learned[: int(len(learned) * share)], length, size, seed)
     heldout = list(consecutive_windows(left, length, size))
     losses, trainable = {}, {}
-    for arm in (FULL, *map(str, RANKS)):
+    for arm in ARMS:
         model = deepcopy(decoder.model)
         torch.manual_seed(seed)
         attach(model, settings, arm)
@@ -152,15 +167,238 @@ def run(folder: Path, settings: Settings, share: Fraction, seed: int) -> Result:
     }
 
 
-def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Report:
-    """Tables, figures and verdicts."""
-    found = findings.collect(results, settings.seeds)
-    on = ran_on(settings.model, [settings.text], settings.seeds)
-    return Report(
-        TITLE,
-        findings.answer(found),
-        figures.draw(found, out / "figures"),
-        findings.tables(found),
-        findings.findings(found, on),
-        {str(share): asdict(size) for share, size in found.items()},
+# --- what they say ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """The losses after learning from one share of the text.
+
+    Attributes:
+        tokens: to train on.
+        before: held-out loss before, nats a token.
+        full: the same after full tuning, by seed.
+        losses: after LoRA, by rank, then by seed.
+        trainable: number of parameters, by rank.
+        whole: the same of full tuning.
+    """
+
+    tokens: int
+    before: float
+    full: list[float]
+    losses: dict[int, list[float]]
+    trainable: dict[int, int]
+    whole: int
+
+    @property
+    def best(self) -> int:
+        """The rank of the least mean loss."""
+        return min(RANKS, key=lambda r: fmean(self.losses[r]))
+
+    @property
+    def gain(self) -> float:
+        """How far fine-tuning at the best rank lowers the loss."""
+        return self.before - fmean(self.losses[self.best])
+
+    def above(self, r: int, other: int) -> Estimate:
+        """How much more loss rank r ends with than another, seed by seed."""
+        return mean([a - b for a, b in zip(self.losses[r], self.losses[other], strict=True)])
+
+    def above_best(self, r: int) -> Estimate:
+        return self.above(r, self.best)
+
+    @property
+    def plateau(self) -> int:
+        """The smallest rank whose difference to the best has an interval that contains 0."""
+        gaps = {r: self.above_best(r) for r in RANKS}
+        return next(r for r, gap in gaps.items() if gap.low <= 0 <= gap.high)
+
+    def flat_from(self) -> int | None:
+        """The smallest rank that, with all ranks above it, is within MARGIN of the best; None: no
+        rank is.
+        """
+        start = None
+        for r in reversed(RANKS):
+            gap = self.above_best(r)
+            if max(-gap.low, gap.high) > MARGIN * self.gain:
+                break
+            start = r
+        return start
+
+    def reaches_plateau(self) -> str:
+        """The verdict on the claim that quality reaches a plateau below the largest rank."""
+        if len(self.full) < SEEDS or self.gain <= 0:
+            return "undecided"
+        start = self.flat_from()
+        if start is not None and start < RANKS[-1]:
+            return "holds"
+        last = (self.above_best(r) for r in RANKS[-2:])
+        return "fails" if any(gap.low > MARGIN * self.gain for gap in last) else "undecided"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was learned from each share of the text."""
+
+    settings: Settings
+    sizes: Mapping[Fraction, Size]
+
+    @property
+    def all(self) -> Size:
+        """With all of the text."""
+        return self.sizes[ALL]
+
+
+def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
+    sizes = {}
+    for share in SHARES:
+        runs = [results[part_name(share, seed)] for seed in range(settings.seeds)]
+        trainable = runs[0]["trainable"]
+        sizes[share] = Size(
+            tokens=runs[0]["tokens"],
+            before=runs[0]["before"],
+            full=[run["losses"][FULL] for run in runs],
+            losses={r: [run["losses"][str(r)] for run in runs] for r in RANKS},
+            trainable={r: trainable[str(r)] for r in RANKS},
+            whole=trainable[FULL],
+        )
+    return Measured(settings, sizes)
+
+
+def of_text(share: Fraction) -> str:
+    """A share in words."""
+    return f"{'all' if share == ALL else share} of the text"
+
+
+def report(m: Measured) -> Report:
+    """The answer, tables and verdicts."""
+    numbers = {str(share): asdict(size) for share, size in m.sizes.items()}
+    return Report(TITLE, answer(m), tables(m), findings(m), numbers)
+
+
+def answer(m: Measured) -> list[str]:
+    """Three sentences."""
+    size = m.all
+    begins = " and ".join(
+        f"at rank {small.plateau} with {share} of it ({small.tokens:,} tokens)"
+        for share, small in m.sizes.items()
+        if share != ALL
     )
+    change = size.above(RANKS[-1], RANKS[0])
+    return [
+        f"With all of the text ({size.tokens:,} tokens) rank {size.best} ends lowest, at "
+        f"{mean(size.losses[size.best])} nats a held-out token, after {size.before:.4g} before and "
+        f"against {mean(size.full)} of full tuning ({len(size.full)} seeds).",
+        f"The plateau, where the difference to the best rank is no longer clear, begins at rank "
+        f"{size.plateau}; {begins}.",
+        f"From rank {RANKS[0]} to {RANKS[-1]} the trained parameters grow from "
+        f"{100 * size.trainable[RANKS[0]] / size.whole:.2g} to "
+        f"{100 * size.trainable[RANKS[-1]] / size.whole:.2g} % of full tuning's, and the loss "
+        f"{moves(change, ' nats')}; fine-tuning at the best rank gains {size.gain:.4g}.",
+    ]
+
+
+def findings(m: Measured) -> list[Finding]:
+    """The verdicts."""
+    trained, full = lora_counts(512, 64, r=8)
+    size, start = m.all, m.all.flat_from()
+    flat = "no rank" if start is None else f"rank {start}"
+    others = ", ".join(
+        f"{of_text(share)} {small.reaches_plateau()}"
+        for share, small in m.sizes.items()
+        if share != ALL
+    )
+    return [
+        Finding(
+            "rank.count",
+            f"{trained:,} against {full:,}, {100 * (1 - trained / full):.0f} % fewer",
+            "holds" if count(trained, 4_608) == count(full, 32_768) == "holds" else "fails",
+            "a 512 x 64 layer",
+        ),
+        Finding(
+            "rank.plateau",
+            f"the difference to rank {size.best}, the best, contains 0 at rank {size.plateau}; "
+            f"within 5 % of the gain of fine-tuning from {flat} on",
+            size.reaches_plateau(),
+            ran_on(m.settings.model, [m.settings.text], m.settings.seeds),
+            f"With all of the text. With less of it: {others}. The scale is alpha / sqrt(r): with "
+            "alpha / r larger ranks would be held back.",
+        ),
+    ]
+
+
+def tables(m: Measured) -> list[Table]:
+    """Losses, and differences to the best rank."""
+    sizes, titles = m.sizes.values(), [of_text(share) for share in m.sizes]
+    losses = [
+        ["before", "0", *(f"{size.before:.4g}" for size in sizes)],
+        *(
+            [f"{r}", f"{m.all.trainable[r]:,}", *(f"{mean(size.losses[r])}" for size in sizes)]
+            for r in RANKS
+        ),
+        ["full", f"{m.all.whole:,}", *(f"{mean(size.full)}" for size in sizes)],
+    ]
+    tokens = [f"{of_text(share)} {size.tokens:,}" for share, size in m.sizes.items()]
+    return [
+        Table(
+            "Held-out loss, nats a token",
+            ["rank", "trains", *titles],
+            losses,
+            "Mean over seeds with Student's interval. Tokens to train on: " + ", ".join(tokens),
+        ),
+        Table(
+            "Loss above the best rank's, nats a token",
+            ["rank", *titles],
+            [[f"{r}", *(f"{size.above_best(r)}" for size in sizes)] for r in RANKS],
+            "Seed by seed, mean and interval; the best rank's own is 0.",
+        ),
+    ]
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+STYLES = dict(zip(SHARES, OTHERS[:3], strict=True))
+GREY = "#444444"
+
+
+def draw(m: Measured, figures: Figures) -> None:
+    """All figures; a data size looks the same in both."""
+    with figures.add(
+        "rank.png",
+        "Held-out loss against the rank; bars are 95 % intervals over seeds, thin horizontal "
+        "lines full tuning on as much of the text.",
+    ) as axes:
+        for share, size in m.sizes.items():
+            losses = [mean(size.losses[r]) for r in RANKS]
+            points(axes, RANKS, losses, label=of_text(share), **STYLES[share])
+            axes.axhline(mean(size.full).value, linewidth=0.8, **line(STYLES[share]))
+        axes.axhline(m.all.before, color=GREY, linestyle=":", label="before")
+        axes.plot([], [], color=GREY, linewidth=0.8, label="full tuning, same colour")
+        rank_axis(axes)
+        axes.set(ylabel="held-out loss (nats a token)")
+        axes.legend(fontsize="small")
+    with figures.add(
+        "gap.png",
+        "Loss above that of the best rank, seed by seed, with 95 % intervals. Circled: "
+        "where the plateau begins; dotted: 5 % of what fine-tuning gains.",
+        width=10,
+        height=3.6,
+        ncols=len(SHARES),
+    ) as panels:
+        for axes, (share, size) in zip(panels, m.sizes.items(), strict=True):
+            points(axes, RANKS, [size.above_best(r) for r in RANKS], label="", **STYLES[share])
+            circle = {"marker": "o", "markersize": 14, "fillstyle": "none"}
+            height = size.above_best(size.plateau).value
+            axes.plot(size.plateau, height, color=STYLES[share]["color"], **circle)
+            axes.axhline(0, color=GREY, linewidth=0.8)
+            if size.gain > 0:
+                axes.axhline(MARGIN * size.gain, color=GREY, linestyle=":", linewidth=0.8)
+            rank_axis(axes)
+            axes.set(title=of_text(share))
+        panels[0].set(ylabel="loss above the best rank's\n(nats a token)")
+
+
+def rank_axis(axes: Any) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(RANKS, [str(r) for r in RANKS])
+    axes.set(xlabel="rank r")

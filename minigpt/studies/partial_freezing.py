@@ -6,8 +6,8 @@
     intended    T is the MLPs and the layer norms: no name with `attn`, `wte` or `wpe` in it
     literal     the write-up's own test, `"attn" in name or "embed" in name` is frozen
 
-GPT-Neo's checkpoints call its embeddings `wte` and `wpe`.  The literal test misses them without a
-word: of 125,198,592 parameters it trains 96,877,824, the intended rule 56,707,584.
+GPT-Neo's checkpoints call its embeddings `wte` and `wpe`.  The literal test misses them in silence:
+of 125,198,592 parameters it trains 96,877,824, the intended rule 56,707,584.
 
 One model for each of two texts.  Both are held against both sets of popular tokens (the 100 most
 frequent tokens of a text that are longer than two characters):
@@ -16,9 +16,11 @@ frequent tokens of a text that are longer than two characters):
     p(text, set)     the same of the text itself, which an imitator approaches
 
 Forgetting is the rise of the loss on the text the model was pretrained on.  Where that text is not
-at hand the untouched model writes one itself, x ~ p_0; the rise of the loss on it estimates
+at hand, the untouched model writes one itself, x ~ p_0; the rise of the loss on it estimates
 
     E_x [log p_0(x) - log p(x)] / T = KL(p_0 || p) / T
+
+Inference is "not slower" when the interval of the ratio of times lies below 1.05.
 
 As published: AdamW 5e-5, neither schedule nor clipping, 476 batches of 16 random windows of 256
 tokens of Alice (Gutenberg 11) or Poe's second volume (Gutenberg 2148).
@@ -27,37 +29,44 @@ What differs: several seeds; full tuning beside it, which the claims compare wit
 the check that frozen tensors stay are measured, each in a process of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import peft_lite
 from minigpt.data.text import Batch, RandomWindows, consecutive_windows
 from minigpt.generation import generate
-from minigpt.metrics.intervals import longer_than, popular_tokens
+from minigpt.metrics.intervals import Estimate, longer_than, popular_share, popular_tokens, share
 from minigpt.models.config import positive
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.options import option
-from minigpt.studies.decoders import CARROLL, POE, Decoder, load_decoder, sample, starts
-from minigpt.studies.lab import Part, Result
-from minigpt.studies.report import Report
-from minigpt.studies.timing import in_turn
-from minigpt.studies.training import Step
-from minigpt.studies.tuning import (
+from minigpt.studies import decoders
+from minigpt.studies.claims import Finding, above, below, count
+from minigpt.studies.counts import gpt_neo_125m
+from minigpt.studies.decoders import (
+    CARROLL,
+    POE,
+    Decoder,
     Rule,
-    check_length,
-    constant_rate,
+    load_decoder,
+    sample,
+    starts,
     token_ids,
     train_only,
-    trainable,
-    tune,
 )
+from minigpt.studies.figures import BOX, FROZEN, FULL, HATCHES, OTHERS, Figures, bar, curve
+from minigpt.studies.lab import Part, Result
+from minigpt.studies.report import Report, Table, table
+from minigpt.studies.training import Step, at_least, in_turn, ratios
+from minigpt.studies.words import name, over_seeds, percent, ran_on, shown, side
 from minigpt.training import memory
 from minigpt.training.snapshot import fingerprint
-from minigpt.training.train import evaluate
+from minigpt.training.train import TrainConfig, evaluate
 
 TITLE = "Partial fine-tuning: attention and embeddings frozen"
 SOURCES = {
@@ -78,9 +87,14 @@ RULES: Mapping[str, Rule] = {
     "literal": lambda name: not ("attn" in name or "embed" in name),
 }
 TEXTS = ("text", "text2")
+# the models: rule and text tuned on
+TUNED = [(arm, text) for text in TEXTS for arm in RULES if (arm, text) != ("literal", "text2")]
+WHEN = ("before", "after")
 LONGER = 2  # characters of a token that may be popular
 WINDOWS = 16  # windows of a text that a loss is measured on
 MEASURED_STEPS = 3  # whose peak memory is taken
+SLOWER = 1.05  # times the untouched model's time
+QUOTED_MEMORY = (0.25, 0.30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +118,27 @@ class Settings:
     tokens: int = option("tokens sampled after each start", 100)
     rounds: int = option("measurements of each time, in turn", 11)
 
+    def training(self) -> TrainConfig:
+        return decoders.constant_rate(self.steps, self.lr, self.weight_decay)
+
+    def batches(self, ids: Tensor, seed: int) -> RandomWindows:
+        return RandomWindows(ids, self.sequence_length, self.batch_size, seed)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Of the two texts."""
+        return {text: name(getattr(self, text)) for text in TEXTS}
+
+    @property
+    def pretraining_name(self) -> str:
+        """Of the text that stands for the pretraining data."""
+        if self.pretraining_text is None:
+            return "the untouched model's own writing"
+        return name(self.pretraining_text)
+
+
+# --- the runs -----------------------------------------------------------------------------------
+
 
 def parts(settings: Settings) -> list[Part]:
     """A run for each seed, text and rule (the literal one on the first text only), and parts that
@@ -113,23 +148,19 @@ def parts(settings: Settings) -> list[Part]:
         ValueError: the model is no decoder, a text is too short, or a setting makes no sense.
     """
     positive(settings, "seeds", "batch_size", "sequence_length", "starts", "tokens", "popular")
-    for name, value in (("steps", settings.steps), ("rounds", settings.rounds)):
-        if value < 2:
-            raise ValueError(f"{name} is {value}, must be at least 2")
-    constant_rate(settings.steps, settings.lr, settings.weight_decay)
+    at_least(settings, 2, "steps", "rounds")
+    settings.training()
     decoder = load_decoder(settings.model, "cpu")
-    check_length(decoder, settings.sequence_length, settings.tokens)
+    decoders.check_length(decoder, settings.sequence_length, settings.tokens)
     for ids in both_texts(decoder, settings).values():
         popular_set(decoder, ids, settings)
-        random_windows(ids, settings, 0)
+        settings.batches(ids, 0)
     if settings.pretraining_text is not None:
         some_windows(token_ids(decoder, settings.pretraining_text), settings)
     runs = [
-        Part(f"{arm}-{own}-{seed}", run, (settings, arm, own, seed))
+        Part(f"{arm}-{text}-{seed}", run, (settings, arm, text, seed))
         for seed in range(settings.seeds)
-        for own in TEXTS
-        for arm in RULES
-        if (arm, own) != ("literal", "text2")
+        for arm, text in TUNED
     ]
     memories = [
         Part(f"memory-{arm}-{seed}", peak_memory, (settings, arm))
@@ -142,18 +173,13 @@ def parts(settings: Settings) -> list[Part]:
 
 def both_texts(decoder: Decoder, settings: Settings) -> dict[str, Tensor]:
     """Token ids of the two texts."""
-    return {own: token_ids(decoder, getattr(settings, own)) for own in TEXTS}
+    return {text: token_ids(decoder, getattr(settings, text)) for text in TEXTS}
 
 
 def popular_set(decoder: Decoder, ids: Tensor, settings: Settings) -> set[int]:
     """The popular tokens of a text."""
     longer = longer_than(LONGER, decoder.tokenizer.decode)
     return popular_tokens(ids.tolist(), settings.popular, longer)
-
-
-def random_windows(ids: Tensor, settings: Settings, seed: int) -> RandomWindows:
-    """What a model learns from."""
-    return RandomWindows(ids, settings.sequence_length, settings.batch_size, seed)
 
 
 def some_windows(ids: Tensor, settings: Settings) -> list[Batch]:
@@ -179,7 +205,7 @@ def pretraining_windows(
     return [{k: v[i : i + size] for k, v in written.items()} for i in range(0, WINDOWS, size)]
 
 
-def run(folder: Path, settings: Settings, arm: str, own: str, seed: int) -> Result:
+def run(folder: Path, settings: Settings, arm: str, text: str, seed: int) -> Result:
     """One model tuned on one text: losses on all texts and popular tokens of both, before and
     after; and what moved.
     """
@@ -193,27 +219,26 @@ def run(folder: Path, settings: Settings, arm: str, own: str, seed: int) -> Resu
     sets = {name: popular_set(decoder, ids, settings) for name, ids in texts.items()}
     prompts = starts(torch.cat([*texts.values()]), settings.starts, seed)
 
+    def p(ids: list[int]) -> dict[str, float]:
+        return {name: popular_share(ids, popular).value for name, popular in sets.items()}
+
     def measured() -> Result:
-        ids = sample(decoder, prompts, settings.tokens, seed)
-        shares = {name: sum(i in chosen for i in ids) / len(ids) for name, chosen in sets.items()}
         losses = {name: evaluate(model, language_model_loss, w) for name, w in windows.items()}
-        return {"popular": shares, "loss": losses}
+        return {"popular": p(sample(decoder, prompts, settings.tokens, seed)), "loss": losses}
 
     before = measured()
-    config = constant_rate(settings.steps, settings.lr, settings.weight_decay)
-    rows = tune(folder, decoder, random_windows(texts[own], settings, seed), config)
+    batches = settings.batches(texts[text], seed)
+    rows = decoders.tune(folder, decoder, batches, settings.training())
+    counts = peft_lite.report(model)
     return {
         "tensors": tensors,
-        "trainable": trainable(model),
-        "total": sum(p.numel() for p in model.parameters()),
+        "trainable": counts.trainable,
+        "total": counts.total,
         "loss": [row["loss"] for row in rows],
         "seconds": sum(row["seconds"] for row in rows),
         "before": before,
         "after": measured(),
-        "texts": {
-            name: {n: sum(i in s for i in ids.tolist()) / len(ids) for n, s in sets.items()}
-            for name, ids in texts.items()
-        },
+        "texts": {name: p(ids.tolist()) for name, ids in texts.items()},
         "frozen_to_the_bit": fingerprint(model) == frozen,
         **moved(decoder, settings.model),
     }
@@ -280,13 +305,392 @@ def inference(folder: Path, settings: Settings) -> Result:
 def stepper(decoder: Decoder, settings: Settings, arm: str) -> Step:
     """Steps on the first text."""
     train_only(decoder.model, RULES[arm])
-    config = constant_rate(settings.steps, settings.lr, settings.weight_decay)
-    batches = random_windows(token_ids(decoder, settings.text), settings, 0)
-    return Step(decoder.model, language_model_loss, batches, config)
+    batches = settings.batches(token_ids(decoder, settings.text), 0)
+    return Step(decoder.model, language_model_loss, batches, settings.training())
 
 
-def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Report:
-    """Figures, tables and verdicts."""
-    from minigpt.studies import partial_freezing_report
+# --- what they say ------------------------------------------------------------------------------
 
-    return partial_freezing_report.report(settings, results, out)
+
+@dataclass(frozen=True)
+class Measured:
+    """The parts' results, and the figures that the claims are about: one a seed, or one a round."""
+
+    settings: Settings
+    parts: Mapping[str, Result]
+
+    def runs(self, arm: str, text: str) -> list[Result]:
+        """One result a seed."""
+        return [self.parts[f"{arm}-{text}-{seed}"] for seed in range(self.settings.seeds)]
+
+    def memory(self, field: str, arm: str) -> list[int]:
+        """Bytes, one figure a seed."""
+        return [self.parts[f"memory-{arm}-{seed}"][field] for seed in range(self.settings.seeds)]
+
+    def relative_memory(self, arm: str) -> list[float]:
+        """Peak over full tuning's."""
+        pairs = zip(self.memory("peak", arm), self.memory("peak", "full"), strict=True)
+        return [a / b for a, b in pairs]
+
+    def relative_time(self, arm: str) -> list[float]:
+        """Of a step, one ratio a round."""
+        return ratios(self.parts["time"]["seconds"], arm, "full")
+
+    def inference(self) -> list[float]:
+        """Tuned over untouched, one ratio a round."""
+        return ratios(self.parts["inference"]["seconds"], "tuned", "untouched")
+
+    def rises(self, arm: str, on: str) -> list[float]:
+        """Change of a loss by tuning, one a seed, mean of a rule's two models; `on` is "own",
+        "other" or "pretraining".
+        """
+        by_text = []
+        for text, other in (TEXTS, TEXTS[::-1]):
+            which = {"own": text, "other": other}.get(on, on)
+            runs = self.runs(arm, text)
+            by_text.append(
+                [run["after"]["loss"][which] - run["before"]["loss"][which] for run in runs]
+            )
+        return [fmean(both) for both in zip(*by_text, strict=True)]
+
+    def less_forgotten(self) -> list[float]:
+        """Nats a token by which full tuning forgets more."""
+        full, intended = (self.rises(arm, "pretraining") for arm in ("full", "intended"))
+        return [a - b for a, b in zip(full, intended, strict=True)]
+
+    def gained(self, arm: str) -> float:
+        """Nats a token that the loss falls by on the text that is learned."""
+        return -fmean(self.rises(arm, "own"))
+
+    def own_set(self) -> list[float]:
+        """How much more a model uses its own text's popular tokens than the other model does."""
+        differences = []
+        for runs in zip(*(self.runs("intended", text) for text in TEXTS), strict=True):
+            p, p2 = (run["after"]["popular"] for run in runs)
+            differences.append((p["text"] - p2["text"] + (p2["text2"] - p["text2"])) / 2)
+        return differences
+
+    def frozen_stayed(self) -> bool:
+        """Whether no run moved a frozen tensor by a bit, and every one moved all it trains."""
+        return all(
+            run["frozen_to_the_bit"] and not run["frozen_moved"] and run["trained_moved"] > 0
+            for arm, text in TUNED
+            for run in self.runs(arm, text)
+        )
+
+    def popular(self, text: str, when: str, of: str) -> Estimate:
+        """P(model tuned on `text`, set of `of`): the sampled tokens of all seeds together."""
+        n = self.settings.starts * self.settings.tokens
+        shares = [run[when]["popular"][of] for run in self.runs("intended", text)]
+        return share(round(sum(shares) * n), n * len(shares))
+
+
+def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
+    return Measured(settings, results)
+
+
+def report(m: Measured) -> Report:
+    """The answer, tables and verdicts."""
+    rules = ("intended", "literal")
+    numbers = {
+        "relative_memory": {arm: m.relative_memory(arm) for arm in rules},
+        "relative_time": {arm: m.relative_time(arm) for arm in rules},
+        "inference": m.inference(),
+        "less_forgotten": m.less_forgotten(),
+        "own_set": m.own_set(),
+    }
+    return Report(TITLE, answer(m), tables(m), [*counts(), *findings(m)], numbers)
+
+
+def answer(m: Measured) -> list[str]:
+    """Three sentences."""
+    intended, literal = (m.runs(arm, "text")[0] for arm in ("intended", "literal"))
+    memory = over_seeds([1 - ratio for ratio in m.relative_memory("intended")])
+    time = over_seeds([1 - ratio for ratio in m.relative_time("intended")])
+    less, own_set = over_seeds(m.less_forgotten()), over_seeds(m.own_set())
+    forgets = side(
+        less,
+        0,
+        "less is forgotten than by full tuning",
+        "more is forgotten than by full tuning",
+        "it is not decided whether less is forgotten than by full tuning",
+    )
+    uses = side(
+        own_set,
+        0,
+        "A model uses the popular tokens of its own text more",
+        "A model uses the popular tokens of its own text less",
+        "It is not decided whether a model uses the popular tokens of its own text more",
+    )
+    stayed = "no frozen tensor moved by a bit" if m.frozen_stayed() else "frozen tensors moved"
+    return [
+        f"With attention and embeddings frozen "
+        f"{100 * intended['trainable'] / intended['total']:.1f} % of the parameters train (by the "
+        f"literal name test {100 * literal['trainable'] / literal['total']:.1f} %, for it misses "
+        f"the embeddings), training takes {percent(memory)} less memory and a step "
+        f"{percent(time)} less time; {stayed}.",
+        f"On {m.settings.pretraining_name} {forgets}: its loss rises by {shown(less)} nats a token "
+        f"more with full tuning, which gained {m.gained('full'):.3f} on the text it learned "
+        f"against {m.gained('intended'):.3f}.",
+        f"{uses} than the model tuned on the other text does, a difference of {percent(own_set)} "
+        f"of the tokens it writes; writing takes {shown(over_seeds(m.inference()))} times as long "
+        f"as with the untouched model.",
+    ]
+
+
+def counts() -> list[Finding]:
+    """What the rules pick in GPT-Neo-125M."""
+    model, on = gpt_neo_125m(), "GPT-Neo-125M's config"
+    train = {}
+    for arm, rule in RULES.items():
+        train_only(model, rule)
+        train[arm] = peft_lite.report(model).trainable
+    full, intended, literal = train.values()
+    saved = 100 * (1 - intended / full)
+    return [
+        Finding(
+            "partial.count",
+            f"{intended:,} of {full:,}, {saved:.1f} % fewer",
+            count(round(intended / 1e6), 65),
+            on,
+            "attention, wte and wpe frozen",
+        ),
+        Finding(
+            "partial.literal",
+            f"it trains {literal:,}, the intended rule {intended:,}",
+            count(literal, intended),
+            on,
+            "the embeddings are called wte and wpe: neither name has 'embed' in it",
+        ),
+        Finding(
+            "partial.optimizer",
+            f"{saved:.1f} % fewer bytes",
+            count(round(10 * saved), 547),
+            on,
+            "two numbers a trained parameter",
+        ),
+    ]
+
+
+def findings(m: Measured) -> list[Finding]:
+    """A verdict on each claim that is measured."""
+    settings, seeds, rounds = m.settings, m.settings.seeds, m.settings.rounds
+    on = ran_on(settings.model, [settings.text, settings.text2], seeds)
+    timed = f"{name(settings.model)}, {rounds} rounds in turn"
+    memory = over_seeds([1 - ratio for ratio in m.relative_memory("intended")])
+    time = over_seeds([1 - ratio for ratio in m.relative_time("intended")])
+    less, own_set = over_seeds(m.less_forgotten()), over_seeds(m.own_set())
+    writing = over_seeds(m.inference())
+    quoted = min(max(memory.value, QUOTED_MEMORY[0]), QUOTED_MEMORY[1])  # the nearest of the range
+    same = m.parts["inference"]["same_tensors"]
+    if m.frozen_stayed():
+        stayed = "no frozen tensor moved by a bit, every trained one moved", "holds"
+    else:
+        stayed = "a frozen tensor moved, or a trained one did not", "fails"
+    return [
+        Finding(
+            "partial.memory",
+            f"{percent(memory)} less",
+            above(memory, seeds, quoted=quoted),
+            on,
+            f"peak of {settings.batch_size} x {settings.sequence_length} tokens a step",
+        ),
+        Finding(
+            "partial.time",
+            f"{percent(time)} less",
+            above(time, rounds),
+            timed,
+            "an interval over rounds, not seeds",
+        ),
+        Finding(
+            "partial.forgetting",
+            f"full tuning forgets {shown(less)} nats a token more",
+            above(less, seeds),
+            on,
+            f"on {settings.pretraining_name}; on the text it learned full tuning gained "
+            f"{m.gained('full'):.3f}, the frozen model {m.gained('intended'):.3f}",
+        ),
+        Finding(
+            "partial.inference",
+            f"{shown(writing)} times the untouched model's time",
+            below(writing, rounds, SLOWER),
+            timed,
+            f"not slower: below {SLOWER} times; "
+            + ("no tensor was added" if same else "the tuned model has other tensors"),
+        ),
+        Finding("partial.frozen", *stayed, on, "counted over all runs"),
+        Finding(
+            "partial.own-set",
+            f"{percent(own_set)} of the tokens more",
+            above(own_set, seeds),
+            on,
+            "mean of the two texts",
+        ),
+    ]
+
+
+def tables(m: Measured) -> list[Table]:
+    """Costs, losses, and the cross measure of popular tokens."""
+    first, names = {arm: m.runs(arm, "text")[0] for arm in RULES}, m.settings.names
+
+    def moved(arm: str) -> str:
+        distance = first[arm]["frozen_moved"]
+        return "none frozen" if distance is None else f"{distance:g}"
+
+    costs = table(
+        "What trains, what it costs, what moved",
+        "rule",
+        RULES,
+        {
+            "train": lambda arm: f"{first[arm]['trainable']:,}",
+            "share, %": lambda arm: f"{100 * first[arm]['trainable'] / first[arm]['total']:.1f}",
+            "optimizer, MB": lambda arm: f"{m.memory('optimizer', arm)[0] / 1e6:.2f}",
+            "peak, MB": lambda arm: shown(
+                over_seeds([peak / 1e6 for peak in m.memory("peak", arm)]), ".1f"
+            ),
+            "seconds a step": lambda arm: f"{median(m.parts['time']['seconds'][arm]):.3f}",
+            "frozen moved": moved,
+            "trained moved": lambda arm: f"{first[arm]['trained_moved']:.2g}",
+        },
+        "Peak: above what the process held before the model. Seconds: median, in turn. Moved: norm "
+        "of the difference to the start, the most of a frozen tensor, the least of a trained one.",
+    )
+    losses = []
+    for arm, text in TUNED:
+        runs, cells = m.runs(arm, text), [f"{arm}, {names[text]}"]
+        for on in (*TEXTS, "pretraining"):
+            before, after = (fmean(r[when]["loss"][on] for r in runs) for when in WHEN)
+            cells.append(f"{before:.3f} to {after:.3f}")
+        last = [fmean(run["loss"][-max(1, len(run["loss"]) // 10) :]) for run in runs]
+        losses.append([*cells, shown(over_seeds(last))])
+    popular = [
+        [
+            names[text],
+            names[of],
+            *(percent(m.popular(text, when, of), "") for when in WHEN),
+            f"{100 * first['intended']['texts'][text][of]:.2f}",
+        ]
+        for of in TEXTS
+        for text in TEXTS
+    ]
+    return [
+        costs,
+        Table(
+            "Losses before and after, nats a token, means over seeds",
+            ["rule, tuned on", *names.values(), "pretraining", "last batches"],
+            losses,
+            f"On the first windows of each text, without dropout; pretraining: on "
+            f"{m.settings.pretraining_name}. The last tenth of the batches: with dropout.",
+        ),
+        Table(
+            "Share of popular tokens in %, attention and embeddings frozen",
+            ["tuned on", "popular tokens of", "before", "after", "the text tuned on"],
+            popular,
+            "The text tuned on: the share in that text itself, the ceiling of an imitator.",
+        ),
+    ]
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+STYLES = {"full": FULL, "intended": FROZEN, "literal": OTHERS[0]}
+LABELS = {
+    "full": "full: everything trains",
+    "intended": "intended: attention and embeddings frozen",
+    "literal": "literal: the name test, embeddings train",
+}
+
+
+def draw(m: Measured, figures: Figures) -> None:
+    """All figures."""
+    draw_losses(m, figures)
+    draw_popular(m, figures)
+    draw_costs(m, figures)
+    draw_forgetting(m, figures)
+
+
+def draw_losses(m: Measured, figures: Figures) -> None:
+    """Loss lines, one panel for each text."""
+    caption = "Loss of each batch, before its update, of the first seed."
+    with figures.add("losses.png", caption, 10, ncols=2, sharey=True) as panels:
+        for axes, text in zip(panels, TEXTS, strict=True):
+            for arm in (arm for arm, tuned_on in TUNED if tuned_on == text):
+                curve(axes, m.runs(arm, text)[0]["loss"], STYLES[arm], LABELS[arm])
+            axes.set(xlabel="batch", title=f"tuned on {m.settings.names[text]}")
+        panels[0].set_ylabel("loss (nats a token)")
+        panels[0].legend(fontsize="small")
+
+
+def draw_popular(m: Measured, figures: Figures) -> None:
+    """The cross measure: a panel for each set, a pair of bars for each model."""
+    names, texts = m.settings.names, m.runs("full", "text")[0]["texts"]
+    caption = (
+        "Share of popular tokens among those sampled from the models with attention and embeddings "
+        "frozen, all seeds together, 95 % intervals. Dotted: the share in the text that the model "
+        "was tuned on, which an imitator approaches."
+    )
+    with figures.add("popular.png", caption, 10, 4.2, ncols=2, sharey=True) as panels:
+        for axes, of in zip(panels, TEXTS, strict=True):
+            for i, text in enumerate(TEXTS):
+                style = {"color": FROZEN["color"], "hatch": HATCHES[i]}
+                for when, shift, alpha in (("before", -0.2, 0.4), ("after", 0.2, 1.0)):
+                    bar(axes, i + shift, m.popular(text, when, of), alpha=alpha, **style)
+                    axes.text(i + shift, 0.004, when, ha="center", fontsize="small", **BOX)
+                ceiling = texts[text][of]
+                axes.plot([i - 0.45, i + 0.45], [ceiling] * 2, color="black", linestyle=":")
+            axes.set_xticks(range(len(TEXTS)), [f"tuned on {names[text]}" for text in TEXTS])
+            axes.set_title(f"popular tokens of {names[of]}")
+        panels[0].set_ylabel("p, share of popular tokens")
+
+
+def draw_costs(m: Measured, figures: Figures) -> None:
+    """The costs of the rules over full tuning's."""
+    caption = (
+        "Costs against full tuning's, at the line. Memory above what the process held before the "
+        "model, mean over seeds; time of steps in turn, mean over rounds; 95 % intervals."
+    )
+    trains = {arm: m.runs(arm, "text")[0]["trainable"] for arm in RULES}
+    state = {arm: m.memory("optimizer", arm)[0] for arm in RULES}
+    costs: dict[str, Callable[[str], Estimate]] = {
+        "parameters that train": lambda arm: exact(trains[arm] / trains["full"]),
+        "optimizer's state": lambda arm: exact(state[arm] / state["full"]),
+        "peak memory": lambda arm: over_seeds(m.relative_memory(arm)),
+        "time of a step": lambda arm: over_seeds(m.relative_time(arm)),
+    }
+    with figures.add("costs.png", caption, width=10) as axes:
+        for i, cost in enumerate(costs.values()):
+            for k, arm in enumerate(("intended", "literal")):
+                label = LABELS[arm] if i == 0 else None
+                style = {"color": STYLES[arm]["color"], "hatch": HATCHES[k + 1], "label": label}
+                bar(axes, i + 0.38 * (k - 0.5), cost(arm), **style)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(costs)), list(costs))
+        axes.set(ylabel="times that of full tuning", ylim=(0, 1.3))
+        axes.legend(fontsize="small", ncols=2, loc="upper left")
+
+
+def exact(value: float) -> Estimate:
+    return Estimate(value, value, value)
+
+
+def draw_forgetting(m: Measured, figures: Figures) -> None:
+    """How much the losses changed on each text."""
+    caption = (
+        "Change of the loss by tuning, both models of a rule together, mean over seeds with 95 % "
+        "intervals: above the line something was forgotten, below it learned."
+    )
+    texts = {
+        "own": "the text tuned on",
+        "other": "the other text",
+        "pretraining": m.settings.pretraining_name,
+    }
+    with figures.add("forgetting.png", caption, width=10) as axes:
+        for i, on in enumerate(texts):
+            for k, arm in enumerate(("full", "intended")):
+                label = LABELS[arm] if i == 0 else None
+                style = {"color": STYLES[arm]["color"], "hatch": HATCHES[k], "label": label}
+                bar(axes, i + 0.38 * (k - 0.5), over_seeds(m.rises(arm, on)), **style)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(texts)), list(texts.values()))
+        axes.set(ylabel="loss after - before (nats a token)")
+        axes.legend(fontsize="small")

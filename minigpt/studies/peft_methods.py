@@ -27,16 +27,20 @@ peft_rates.py searches for them on reviews held out of the training part, never 
 The schedule is linear after a tenth of the steps of warm-up; gradients are clipped to norm 1.
 """
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, linear_regression, median, stdev, variance
+from typing import Any
 
 import torch
 
 import peft_lite
 from minigpt.checkpoints.directory import save
+from minigpt.metrics.intervals import Estimate, mean, share
 from minigpt.models.bert import Bert
 from minigpt.models.config import nearest, positive
 from minigpt.objectives.classify import (
@@ -47,9 +51,10 @@ from minigpt.objectives.classify import (
 )
 from minigpt.settings import methods
 from minigpt.settings.options import option
-from minigpt.studies import peft_methods_figures as figures
-from minigpt.studies import peft_methods_findings as findings
-from minigpt.studies.encoder_methods import LR, METHODS, attach, new_modules
+from minigpt.studies import figures as styles
+from minigpt.studies.claims import Finding, about, above, below, count
+from minigpt.studies.counts import lora_counts
+from minigpt.studies.encoder_methods import FLOOR, FULL, LR, METHODS, attach, new_modules
 from minigpt.studies.encoders import (
     EVALUATED,
     Encoder,
@@ -58,16 +63,16 @@ from minigpt.studies.encoders import (
     load_encoder,
     read_rows,
 )
+from minigpt.studies.figures import Figures, marks, points
 from minigpt.studies.lab import Part, Result
-from minigpt.studies.report import Report
-from minigpt.studies.timing import in_turn
-from minigpt.studies.training import Step, learn
-from minigpt.studies.words import ran_on
+from minigpt.studies.report import Report, Table, table
+from minigpt.studies.training import Step, at_least, in_turn, learn, middle_half, ratios
+from minigpt.studies.words import moves, percent, ran_on
 from minigpt.training import memory
 from minigpt.training.train import TrainConfig, evaluate
 
 TITLE = "Methods of fine-tuning (write-up 003)"
-
+PEFT = tuple(method for method in METHODS if method not in (FULL, FLOOR))
 # those of write-up 002, since 003 names none; rates as in the papers
 SOURCES = {"model": "bert-base-uncased", "data": "the IMDB reviews"}
 PUBLISHED = {
@@ -107,7 +112,7 @@ class Settings:
 
     def rates(self) -> dict[str, float]:
         """The peak rate of each method."""
-        found = dict(LR)
+        rates = dict(LR)
         for pair in self.lr or ():
             method, _, value = pair.partition("=")
             if method not in LR:
@@ -115,10 +120,10 @@ class Settings:
                     f"--lr {pair}: {method!r} must be one of {', '.join(LR)}{nearest(method, LR)}"
                 )
             try:
-                found[method] = float(value)
+                rates[method] = float(value)
             except ValueError:
                 raise ValueError(f"--lr {pair}: want a number, as in {method}=1e-3") from None
-        return found
+        return rates
 
     def training(self, method: str) -> TrainConfig:
         """How a method trains."""
@@ -135,24 +140,25 @@ class Settings:
         return load_encoder(self.model, self.data, self.sequence_length, *rows, seed)
 
 
+# --- the runs -----------------------------------------------------------------------------------
+
+
 def parts(settings: Settings) -> list[Part]:
     """Costs, times, then the qualities, seed by seed."""
     positive(settings, "batch_size")
-    for name, least in (("seeds", 3), ("rounds", 2)):
-        if getattr(settings, name) < least:
-            raise ValueError(
-                f"--{name} is {getattr(settings, name)}, an interval needs at least {least}"
-            )
+    at_least(settings, 3, "seeds")  # of which each is left out in turn
+    at_least(settings, 2, "rounds")
     for method in METHODS:
         settings.training(method)
     check_encoder(settings.model, settings.sequence_length, methods.TOKENS)
     read_rows(settings.data, settings.train_rows, settings.test_rows, 0)
-    todo = [Part(f"cost-{method}", cost, (settings, method)) for method in METHODS]
-    todo.append(Part("times", times, (settings,)))
-    for seed in range(settings.seeds):
-        for method in METHODS:
-            todo.append(Part(f"{method}-seed-{seed}", quality, (settings, method, seed)))
-    return todo
+    costs = [Part(f"cost-{method}", cost, (settings, method)) for method in METHODS]
+    qualities = [
+        Part(f"{method}-seed-{seed}", quality, (settings, method, seed))
+        for seed in range(settings.seeds)
+        for method in METHODS
+    ]
+    return [*costs, Part("times", times, (settings,)), *qualities]
 
 
 def quality(folder: Path, settings: Settings, method: str, seed: int) -> Result:
@@ -224,15 +230,353 @@ def first_batch_again(settings: Settings, encoder: Encoder, model: Bert) -> Step
     return Step(model, classification_loss, lambda i: batch, TrainConfig(steps=1, lr=1e-6))
 
 
-def report(settings: Settings, results: Mapping[str, Result], out: Path) -> Report:
-    """Tables, figures and verdicts."""
-    found = findings.outcomes(results, settings.seeds)
-    on = ran_on(settings.model, [data_name(settings.data)], settings.seeds)
-    return Report(
-        TITLE,
-        findings.answer(found),
-        figures.draw(found, out / "figures"),
-        findings.tables(found, settings.rates()),
-        findings.findings(found, on),
-        {method: asdict(outcome) for method, outcome in found.items()},
+# --- what they say ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The cost and the quality of one method.
+
+    Attributes:
+        trainable: number of parameters that train.
+        r: the same over full tuning's.
+        before, peak: bytes of memory before the model, and at most.
+        file: bytes on disk.
+        seconds: of a step, its median.
+        time: T / T_full, median and quartiles of the rounds.
+        times: T / T_full of each round.
+        rows: held-out reviews.
+        chance: accuracy of always giving the more frequent label.
+        accuracy, fit, variance: A_s, fit_s and V_s, by seed.
+    """
+
+    trainable: int
+    r: float
+    before: int
+    peak: int
+    file: int
+    seconds: float
+    time: tuple[float, float, float]
+    times: Sequence[float]
+    rows: int
+    chance: float
+    accuracy: Sequence[float]
+    fit: Sequence[float]
+    variance: Sequence[float]
+
+    @property
+    def worth(self) -> list[float]:
+        """(A - chance) / (T / T_full), by seed."""
+        return [(a - self.chance) / self.time[0] for a in self.accuracy]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The outcomes of all methods, and the figures that the claims are about."""
+
+    settings: Settings
+    outcomes: Mapping[str, Outcome]
+
+    @property
+    def full(self) -> Outcome:
+        return self.outcomes[FULL]
+
+    def slope(self, values: Callable[[Outcome], Sequence[float]]) -> Estimate:
+        """How a value that each seed has changes with ten times the parameters: the mean over seeds
+        of its slope over all methods.
+        """
+        outcomes = self.outcomes.values()
+        decades = [math.log10(outcome.trainable) for outcome in outcomes]
+        by_seed = zip(*(values(outcome) for outcome in outcomes), strict=True)
+        return mean([linear_regression(decades, column).slope for column in by_seed])
+
+    def fit(self) -> Estimate:
+        return self.slope(lambda outcome: outcome.fit)
+
+    def spread(self) -> Estimate:
+        return self.slope(lambda outcome: outcome.variance)
+
+    def proportion(self) -> Estimate:
+        """T / (r T_full), the geometric mean over methods, then the mean over rounds."""
+        outcomes = [self.outcomes[method] for method in PEFT]
+        logs = [[math.log(t / outcome.r) for t in outcome.times] for outcome in outcomes]
+        return mean([math.exp(fmean(column)) for column in zip(*logs, strict=True)])
+
+    def line(self) -> tuple[float, float]:
+        """Slope and intercept of T / T_full against r, all methods and full tuning."""
+        outcomes = self.outcomes.values()
+        line = linear_regression([o.r for o in outcomes], [o.time[0] for o in outcomes])
+        return line.slope, line.intercept
+
+    def lead(self, method: str) -> Estimate:
+        """How much more accurate full tuning is, seed by seed."""
+        pairs = zip(self.full.accuracy, self.outcomes[method].accuracy, strict=True)
+        return mean([full - other for full, other in pairs])
+
+    def gain(self) -> Estimate:
+        """Worth of the methods, their mean, less that of full tuning, seed by seed."""
+        columns = zip(*(self.outcomes[method].worth for method in PEFT), strict=True)
+        pairs = zip(columns, self.full.worth, strict=True)
+        return mean([fmean(column) - full for column, full in pairs])
+
+
+def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
+    seconds = results["times"]
+    total = results[f"cost-{FULL}"]["trainable"]
+    outcomes = {}
+    for method in METHODS:
+        cost, times = results[f"cost-{method}"], ratios(seconds, method, FULL)
+        runs = [results[f"{method}-seed-{seed}"] for seed in range(settings.seeds)]
+        outcomes[method] = Outcome(
+            trainable=cost["trainable"],
+            r=cost["trainable"] / total,
+            before=cost["memory_before_bytes"],
+            peak=cost["memory_peak_bytes"],
+            file=cost["file_bytes"],
+            seconds=median(seconds[method]),
+            time=middle_half(times),
+            times=times,
+            rows=runs[0]["rows"],
+            chance=runs[0]["chance"],
+            accuracy=[run["right"] / run["rows"] for run in runs],
+            fit=[run["fit"] for run in runs],
+            variance=variances([run["positives"] for run in runs]),
+        )
+    return Measured(settings, outcomes)
+
+
+def variances(positives: Sequence[Sequence[float]]) -> list[float]:
+    """V_s of probabilities, S rows of X."""
+    S = len(positives)
+    V = mean_variance(positives)
+    without = (mean_variance([*positives[:s], *positives[s + 1 :]]) for s in range(S))
+    # V_s = S V - (S - 1) V without s
+    return [S * V - (S - 1) * V_without for V_without in without]
+
+
+def mean_variance(positives: Sequence[Sequence[float]]) -> float:
+    """V: the variance over seeds, its mean over reviews."""
+    return fmean(variance(column) for column in zip(*positives, strict=True))
+
+
+def report(m: Measured) -> Report:
+    """The answer, tables and verdicts."""
+    numbers = {method: asdict(outcome) for method, outcome in m.outcomes.items()}
+    return Report(TITLE, answer(m), tables(m), findings(m), numbers)
+
+
+def answer(m: Measured) -> list[str]:
+    """Three sentences."""
+    full, floor = m.full, m.outcomes[FLOOR]
+    peft = {method: m.outcomes[method] for method in PEFT}
+    best = max(peft, key=lambda method: fmean(peft[method].accuracy))
+    times = [100 * outcome.time[0] for outcome in peft.values()]
+    sizes = [100 * outcome.r for outcome in peft.values()]
+    slope, intercept = m.line()
+    return [
+        f"Full tuning gets {percent(mean(full.accuracy))} of {full.rows} held-out reviews right, "
+        f"the best of {len(PEFT)} methods, {best}, {percent(mean(peft[best].accuracy))} with "
+        f"{100 * peft[best].r:.2g} % of the parameters, the classifier alone "
+        f"{percent(mean(floor.accuracy))} (chance: {100 * full.chance:.1f} %, "
+        f"{m.settings.seeds} seeds).",
+        f"A step of these methods takes {min(times):.0f} to {max(times):.0f} % of full tuning's "
+        f"time for {min(sizes):.2g} to {max(sizes):.2g} % of its parameters, {m.proportion()} "
+        f"times what T = r T_full says: the measured line is T / T_full = {intercept:.2f} + "
+        f"{slope:.2f} r.",
+        f"With ten times the parameters the loss on training reviews {moves(m.fit(), ' nats')}; "
+        f"the variance between seeds of the predicted probability {moves(m.spread())}.",
+    ]
+
+
+def findings(m: Measured) -> list[Finding]:
+    """The verdicts."""
+    seeds, rounds = m.settings.seeds, m.settings.rounds
+    on = ran_on(m.settings.model, [data_name(m.settings.data)], seeds)
+    trained, full = lora_counts(1000, 1000, r=100)
+    leads = {method: m.lead(method) for method in PEFT}
+    verdicts = [above(lead, seeds) for lead in leads.values()]
+    nearest = min(PEFT, key=lambda method: leads[method].value)
+    clear = sum(lead.low > 0 for lead in leads.values())
+    faster = sum(m.outcomes[method].time[0] < 1 for method in PEFT)
+    return [
+        Finding(
+            "methods.lora-count",
+            f"{trained:,} against {full:,}",
+            "holds" if count(trained, 200_000) == count(full, 1_000_000) == "holds" else "fails",
+            "a 1000 x 1000 layer",
+        ),
+        Finding(
+            "methods.time",
+            f"T / (r T_full) = {m.proportion()}, geometric mean of {len(PEFT)} methods",
+            about(m.proportion(), rounds, 1.0),
+            f"{on.rsplit(',', 1)[0]}, {rounds} rounds",
+            f"A step is faster than full tuning's with {faster} of {len(PEFT)} methods: it saves "
+            "gradients and updates of weights, not the forward pass and the way back through it.",
+        ),
+        Finding(
+            "methods.accuracy",
+            f"full tuning leads by {percent(leads[nearest], ' points')} over the best, {nearest}",
+            all_of(verdicts),
+            on,
+            f"The lead is clear over {clear} of {len(PEFT)} methods; each is compared at 95 %.",
+        ),
+        Finding(
+            "methods.variance",
+            f"variance of the predicted probability: {m.spread()} with ten times the parameters",
+            above(m.spread(), seeds),
+            on,
+            "Methods differ in kind, too, not in number alone; seeds differ in classifier, order "
+            "of reviews and the adapter's start.",
+        ),
+        Finding(
+            "methods.bias",
+            f"loss on training reviews: {m.fit()} nats with ten times the parameters",
+            below(m.fit(), seeds),
+            on,
+            "At the same number of steps, each method at its own rate.",
+        ),
+        Finding(
+            "methods.cost",
+            f"{percent(m.gain(), ' points')} from full tuning's, mean of {len(PEFT)} methods",
+            above(m.gain(), seeds),
+            on,
+            "Accuracy above chance over T / T_full: what is no better than guessing is worth "
+            "nothing, however cheap.",
+        ),
+    ]
+
+
+def all_of(verdicts: Sequence[str]) -> str:
+    """The verdict on a claim about all of several things."""
+    if "fails" in verdicts:
+        return "fails"
+    return "holds" if set(verdicts) == {"holds"} else "undecided"
+
+
+def tables(m: Measured) -> list[Table]:
+    """Quality, and cost."""
+    rates, by = m.settings.rates(), m.outcomes
+    return [
+        table(
+            "What the methods give",
+            "method",
+            METHODS,
+            {
+                "trains": lambda method: f"{by[method].trainable:,}",
+                "% of full": lambda method: f"{100 * by[method].r:.3g}",
+                "rate": lambda method: f"{rates[method]:g}",
+                "accuracy, %": lambda method: percent(mean(by[method].accuracy), ""),
+                "by the number of reviews": lambda method: wilson(by[method]),
+                "s.d. of seeds": lambda method: f"{100 * stdev(by[method].accuracy):.1f}",
+                "training loss, nats": lambda method: f"{mean(by[method].fit)}",
+                "variance": lambda method: f"{fmean(by[method].variance):.2g}",
+            },
+            "Accuracy and training loss: mean over seeds with Student's interval. By the number of "
+            "reviews: Wilson's interval of that mean, what the size of the test part leaves open. "
+            "Variance: of the predicted probability, between seeds.",
+        ),
+        table(
+            "What the methods cost",
+            "method",
+            METHODS,
+            {
+                "step, ms": lambda method: f"{1000 * by[method].seconds:.1f}",
+                "T / T_full": lambda method: "{:.2f} [{:.2f}, {:.2f}]".format(*by[method].time),
+                "r": lambda method: f"{by[method].r:.3g}",
+                "T / (r T_full)": lambda method: f"{by[method].time[0] / by[method].r:.3g}",
+                "memory before, MB": lambda method: f"{by[method].before / 1e6:.0f}",
+                "at most, MB": lambda method: f"{by[method].peak / 1e6:.0f}",
+                "file, kB": lambda method: f"{by[method].file / 1e3:,.0f}",
+                "worth, points": lambda method: percent(mean(by[method].worth), ""),
+            },
+            "T / T_full: median and quartiles of rounds in which all methods make a step on the "
+            "same batch in turn. Memory: before the model is there, and at most in two steps. "
+            "File: what has to be kept beside the pretrained model; of full tuning, the model. "
+            "Worth: accuracy above chance over T / T_full.",
+        ),
+    ]
+
+
+def wilson(outcome: Outcome) -> str:
+    """The interval that the number of reviews alone would give."""
+    interval = share(round(fmean(outcome.accuracy) * outcome.rows), outcome.rows)
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+BLACK = {"color": "#000000", "linestyle": "-", "marker": "x"}
+STYLES = dict(zip(METHODS, (styles.FULL, styles.FROZEN, *styles.OTHERS, BLACK), strict=True))
+HATCHES = dict(zip(METHODS, (*styles.HATCHES, "**"), strict=True))
+
+
+def draw(m: Measured, figures: Figures) -> None:
+    """All figures; a method looks the same in all of them."""
+    draw_times(m, figures)
+    with figures.add(
+        "accuracy.png",
+        "Accuracy on held-out reviews against the number of parameters that train; bars are "
+        "95 % intervals over seeds.",
+    ) as axes:
+        for method, outcome in m.outcomes.items():
+            accuracy = mean([100 * a for a in outcome.accuracy])
+            mark(axes, method, outcome.trainable, accuracy)
+        chance = 100 * m.full.chance
+        axes.axhline(chance, color="#444444", linestyle=":", label="chance")
+        axes.set(xscale="log", xlabel="parameters that train", ylabel="accuracy (%)")
+        axes.legend(fontsize="small", ncols=3)
+    with figures.add(
+        "variance_and_fit.png",
+        "Left: variance of the predicted probability between seeds. Right: loss on training "
+        "reviews. Bars are 95 % intervals over seeds.",
+        width=9,
+        ncols=2,
+    ) as (left, right):
+        for method, outcome in m.outcomes.items():
+            mark(left, method, outcome.trainable, mean(outcome.variance))
+            mark(right, method, outcome.trainable, mean(outcome.fit))
+        left.set(ylabel="variance of the predicted probability")
+        right.set(ylabel="loss on training reviews (nats)")
+        for axes in (left, right):
+            axes.set(xscale="log", xlabel="parameters that train")
+        left.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    with figures.add(
+        "worth.png",
+        "Accuracy above chance for the time of one step of full tuning; lines are 95 % "
+        "intervals over seeds.",
+    ) as axes:
+        for i, (method, outcome) in enumerate(m.outcomes.items()):
+            worth = mean([100 * worth for worth in outcome.worth])
+            style = {"color": STYLES[method]["color"], "hatch": HATCHES[method]}
+            error = worth.high - worth.value
+            axes.bar(i, worth.value, yerr=error, edgecolor="white", capsize=3, **style)
+        axes.set_xticks(range(len(METHODS)), METHODS, rotation=30, ha="right")
+        axes.axhline(0, color="#444444", linewidth=0.8)
+        axes.set(ylabel="points above chance / (T / T_full)")
+
+
+def draw_times(m: Measured, figures: Figures) -> None:
+    """T / T_full against r, the write-up's line and the measured one."""
+    caption = (
+        "Time of a step against the number of parameters that train, both over full tuning's; "
+        "bars are quartiles. T = r T_full is what the write-up says."
     )
+    slope, intercept = m.line()
+    least = min(outcome.r for outcome in m.outcomes.values())
+    grid = [least * (1 / least) ** (i / 99) for i in range(100)]
+    line = [intercept + slope * r for r in grid]
+    with figures.add("time.png", caption) as axes:
+        axes.plot(grid, grid, color="#444444", linestyle="-", label="T = r T_full")
+        label = f"{intercept:.2f} + {slope:.2f} r"
+        axes.plot(grid, line, color="#444444", linestyle="--", label=label)
+        axes.axhline(1, color="#aaaaaa", linewidth=0.8)
+        for method, outcome in m.outcomes.items():
+            mark(axes, method, outcome.r, Estimate(*outcome.time))
+        axes.set(xscale="log", yscale="log", ylabel="T / T_full")
+        axes.set(xlabel="r = trained parameters / all parameters")
+        axes.legend(fontsize="small", ncols=2)
+
+
+def mark(axes: Any, method: str, x: float, y: Estimate) -> None:
+    """The mark of a method, with its interval."""
+    points(axes, [x], [y], linestyle="none", label=method, **marks(STYLES[method]))

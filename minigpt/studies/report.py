@@ -5,11 +5,11 @@ everything in one file: the answer first, then figures, tables, the verdicts, th
 import base64
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from minigpt.settings import runs
 from minigpt.studies.claims import SEEDS, Finding
 from minigpt.training.snapshot import publish
 
+Name = TypeVar("Name")
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 
 
@@ -30,6 +31,23 @@ class Table:
     note: str = ""
 
 
+def table(
+    title: str,
+    head: str,
+    names: Iterable[Name],
+    columns: Mapping[str, Callable[[Name], str]],
+    note: str = "",
+) -> Table:
+    """A table with a row for each name.
+
+    Args:
+        head: what the names are.
+        columns: title of a column -> its cell in the row of a name.
+    """
+    rows = [[str(name), *(cell(name) for cell in columns.values())] for name in names]
+    return Table(title, [head, *columns], rows, note)
+
+
 @dataclass(frozen=True)
 class Figure:
     """`file` in OUT/figures, and what it shows."""
@@ -40,7 +58,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What a study found.
+    """What a study says.
 
     Attributes:
         answer: three sentences.
@@ -49,40 +67,34 @@ class Report:
 
     title: str
     answer: Sequence[str]
-    figures: Sequence[Figure]
     tables: Sequence[Table]
     findings: Sequence[Finding]
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write(
-    out: Path, name: str, settings: Any, report: Report, parts: Mapping[str, Mapping[str, Any]]
+    out: Path,
+    study: str,
+    settings: Any,
+    report: Report,
+    figures: Sequence[Figure],
+    parts: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Writes `results.json` and `report.html`, each whole or not at all."""
     from jinja2 import Environment, StrictUndefined
 
-    setting = {**asdict(settings), **machine()}
-    findings = [finding.row() for finding in report.findings]
-    content = {
-        "study": name,
-        "title": report.title,
-        "answer": list(report.answer),
-        "settings": asdict(settings),
-        "machine": machine(),
-        "findings": findings,
-        "tables": [asdict(table) for table in report.tables],
-        "numbers": dict(report.numbers),
-        "parts": dict(parts),
-    }
+    content = results(study, settings, report, parts)
     runs.write(out / "results.json", content)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
+    setting = {**content["settings"], **content["machine"]}
     page = environment.from_string(TEMPLATE.read_text()).render(
         report=report,
-        findings=findings,
+        figures=figures,
+        findings=content["findings"],
         seeds=SEEDS,
         pictures={
             figure.file: base64.b64encode((out / "figures" / figure.file).read_bytes()).decode()
-            for figure in report.figures
+            for figure in figures
         },
         setting={key: value for key, value in setting.items() if value is not None},
     )
@@ -91,16 +103,33 @@ def write(
     publish(partial, out / "report.html")
 
 
+def results(
+    study: str, settings: Any, report: Report, parts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The content of `results.json`."""
+    return {
+        "study": study,
+        "title": report.title,
+        "answer": list(report.answer),
+        "settings": asdict(settings),
+        "machine": machine(),
+        "findings": [finding.row() for finding in report.findings],
+        "tables": [asdict(table) for table in report.tables],
+        "numbers": dict(report.numbers),
+        "parts": dict(parts),
+    }
+
+
 def machine() -> dict[str, str]:
     """What the figures depend on besides the settings."""
-    found = {
+    facts = {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
         f"minigpt {version('minigpt')}",
     }
     if torch.cuda.is_available():
-        found["GPU"] = torch.cuda.get_device_name()
-    return found
+        facts["GPU"] = torch.cuda.get_device_name()
+    return facts
 
 
 def _processor() -> str:

@@ -1,9 +1,14 @@
-"""How a part of a study trains, and a single step of it, whose time and memory can be taken."""
+"""How a part of a study trains; single steps, and their times taken in turn, so that whatever else
+the machine does slows all sides alike.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +16,16 @@ from minigpt.data.text import Batch, moved
 from minigpt.training.progress import progress_bar
 from minigpt.training.train import Loss, Probe, Row, TrainConfig, train
 from minigpt_kernels import ClippedAdamW
+
+Seconds = dict[str, list[float]]
+
+
+def at_least(settings: Any, least: int, *names: str) -> None:
+    """Raises ValueError for a setting below `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            raise ValueError(f"{name} is {value}, must be at least {least}")
 
 
 def learn(
@@ -23,11 +38,11 @@ def learn(
     tokens: int,
     probes: Sequence[Probe] = (),
 ) -> list[Row]:
-    """Trains what requires a gradient, with a progress bar; what an interrupted part has done is
-    not done again.
+    """Trains the parameters that require a gradient, with a progress bar; a run that was
+    interrupted continues where it stopped.
 
     Args:
-        tokens: of a step, at most; the bar shows the speed.
+        tokens: the most that a step has; the bar shows the speed.
     """
     with progress_bar(title, config.steps, tokens) as observe:
         return train(
@@ -56,3 +71,26 @@ class Step:
         self.loss(self.model, batch).backward()
         self.optimizer.step().item()  # as the trainer, which waits for the norm
         self.optimizer.zero_grad()
+
+
+def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> Seconds:
+    """Seconds of each side in each of `rounds`; the first `warmup` rounds do not count."""
+    seconds: Seconds = {name: [] for name in sides}
+    for i in range(warmup + rounds):
+        for name, run in sides.items():
+            begin = time.perf_counter()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratios(seconds: Seconds, side: str, to: str) -> list[float]:
+    """The time of one side over that of another, one ratio a round."""
+    return [a / b for a, b in zip(seconds[side], seconds[to], strict=True)]
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median and quartiles."""
+    low, _, high = quantiles(values, n=4)
+    return median(values), low, high

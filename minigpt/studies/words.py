@@ -29,14 +29,14 @@ def percent(estimate: Estimate, unit: str = " %") -> str:
 
 
 def side(estimate: Estimate, of: float, above: str, below: str, neither: str) -> str:
-    """One of three wordings: the interval lies above, below, or around the alternative."""
+    """One of three wordings: the interval lies above, below, or around the alternative `of`."""
     if estimate.low > of:
         return above
     return below if estimate.high < of else neither
 
 
 def moves(change: Estimate, unit: str = "") -> str:
-    """What a figure does: rise, fall, or neither clearly."""
+    """A change in words: the figure rises, falls, or does neither clearly."""
     if change.low > 0:
         return f"rises by {change}{unit}"
     if change.high < 0:
@@ -45,7 +45,7 @@ def moves(change: Estimate, unit: str = "") -> str:
 
 
 def name(source: str) -> str:
-    """Of a model or a text: without its folders."""
+    """The last part of the path, or of the hub id, of a model or a text."""
     return Path(source).name
 
 

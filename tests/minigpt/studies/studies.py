@@ -59,13 +59,13 @@ class Here:
         self.folder = out / "runs"
 
     def run(self, parts: Sequence[Part]) -> dict[str, Result]:
-        found = {}
+        results = {}
         for part in parts:
             folder = self.folder / part.name
             folder.mkdir(parents=True)
             result = part.function(folder, *part.arguments)
-            found[part.name] = json.loads(json.dumps(result))
-        return found
+            results[part.name] = json.loads(json.dumps(result))
+        return results
 
 
 def stopping(step: int, begin: str = "") -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import pytest
 from minigpt.commands.cli import main
 from minigpt.metrics.intervals import Estimate
 from minigpt.studies import STUDIES, published, study
-from minigpt.studies.claims import CLAIMS, Finding, count, judge
-from minigpt.studies.figures import FROZEN, FULL, figure, line, smooth
+from minigpt.studies.claims import CLAIMS, Finding, above, below, count
+from minigpt.studies.figures import FROZEN, FULL, Figures, line, smooth
 from minigpt.studies.lab import Lab, Part
-from minigpt.studies.report import Figure, Report, Table, write
-from minigpt.studies.timing import in_turn, ratio
+from minigpt.studies.report import Report, table, write
+from minigpt.studies.training import in_turn, middle_half, ratios
 from minigpt.training.train import TrainConfig
 
 
@@ -119,27 +119,32 @@ def waits(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "seeds", "above", "quoted", "verdict"),
+    ("low", "high", "seeds", "judge", "quoted", "verdict"),
     [
-        (20, 30, 5, True, 25.0, "holds"),
-        (10, 20, 5, True, 25.0, "holds in direction"),
-        (10, 20, 5, True, None, "holds"),
-        (-1, 20, 5, True, 25.0, "undecided"),
-        (-9, -1, 5, True, 25.0, "fails"),
-        (20, 30, 4, True, 25.0, "undecided"),
-        (-9, -1, 4, True, 25.0, "undecided"),
-        (-30, -20, 5, False, -25.0, "holds"),
-        (-30, -20, 5, False, -5.0, "holds in direction"),
-        (1, 2, 5, False, None, "fails"),
-        (0, 2, 5, True, None, "undecided"),
+        (20, 30, 5, above, 25.0, "holds"),
+        (10, 20, 5, above, 25.0, "holds in direction"),
+        (10, 20, 5, above, None, "holds"),
+        (-1, 20, 5, above, 25.0, "undecided"),
+        (-9, -1, 5, above, 25.0, "fails"),
+        (20, 30, 4, above, 25.0, "undecided"),
+        (-9, -1, 4, above, 25.0, "undecided"),
+        (-30, -20, 5, below, -25.0, "holds"),
+        (-30, -20, 5, below, -5.0, "holds in direction"),
+        (1, 2, 5, below, None, "fails"),
+        (0, 2, 5, above, None, "undecided"),
     ],
 )
 def test_verdicts(
-    low: float, high: float, seeds: int, above: bool, quoted: float | None, verdict: str
+    low: float,
+    high: float,
+    seeds: int,
+    judge: Callable[..., str],
+    quoted: float | None,
+    verdict: str,
 ) -> None:
-    assert judge(Estimate((low + high) / 2, low, high), seeds, 0.0, above, quoted) == verdict
+    assert judge(Estimate((low + high) / 2, low, high), seeds, quoted=quoted) == verdict
     shifted = Estimate((low + high) / 2 + 7, low + 7, high + 7)
-    assert judge(shifted, seeds, 7.0, above, None if quoted is None else quoted + 7) == verdict
+    assert judge(shifted, seeds, 7.0, None if quoted is None else quoted + 7) == verdict
 
 
 def test_counts_are_equal_or_not() -> None:
@@ -156,18 +161,18 @@ def test_a_finding_is_about_a_claim_and_has_a_verdict() -> None:
 
 
 def test_a_report_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
-    with figure(tmp_path / "figures" / "loss.png") as axes:
+    figures = Figures(tmp_path / "figures")
+    with figures.add("loss.png", "two lines") as axes:
         axes.plot([1, 2], **line(FULL))
         axes.plot([2, 1], **line(FROZEN))
     report = Report(
         "A <title>",
         ["One.", "Two.", "Three."],
-        [Figure("loss.png", "two lines")],
-        [Table("numbers", ["name", "value"], [["a", "1"], ["b", "2"]], "a note")],
+        [table("numbers", "name", "ab", {"value": str.upper, "twice": lambda n: 2 * n}, "a note")],
         [Finding("freezing.time", "20 % [18, 22]", "holds in direction", "a model, 5 seeds")],
     )
     settings = TrainConfig(steps=3)
-    write(tmp_path, "targeted-freezing", settings, report, {"a": {"value": 1}})
+    write(tmp_path, "targeted-freezing", settings, report, figures.drawn, {"a": {"value": 1}})
     page = (tmp_path / "report.html").read_text()
     assert "A &lt;title&gt;" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing comes from elsewhere
@@ -178,6 +183,8 @@ def test_a_report_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     assert results["parts"] == {"a": {"value": 1}}
     assert results["findings"][0]["measured"] == "20 % [18, 22]"
     assert results["settings"]["steps"] == 3
+    assert results["tables"][0]["columns"] == ["name", "value", "twice"]
+    assert results["tables"][0]["rows"] == [["a", "A", "aa"], ["b", "B", "bb"]]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -208,6 +215,6 @@ def test_times_are_taken_in_turn() -> None:
     times = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=1)
     assert calls == ["a", "b"] * 4
     assert {len(seconds) for seconds in times.values()} == {3}
-    middle, low, high = ratio({"a": [1, 2, 4, 4], "b": [2, 2, 2, 2]}, "a", "b")
-    assert low <= middle == 1.5 <= high
-    assert not math.isnan(low + high)
+    halves = ratios({"a": [1, 2, 4, 4], "b": [2, 2, 2, 2]}, "a", "b")
+    assert halves == [0.5, 1, 2, 2]
+    assert middle_half(halves) == (1.5, 0.625, 2)

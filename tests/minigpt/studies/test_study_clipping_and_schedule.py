@@ -20,9 +20,18 @@ from minigpt.commands.cli import main
 from minigpt.data.labelled import balanced, read_labelled, read_parts
 from minigpt.objectives.classify import ShuffledExamples, collate, encode
 from minigpt.studies import bag_of_words, training
-from minigpt.studies.clipping_and_schedule import ARMS, PUBLISHED, Settings, gather, run
-from minigpt.studies.clipping_and_schedule_measured import Runs, frozen_of_bert_base, lost
-from minigpt.studies.clipping_and_schedule_report import answer, findings
+from minigpt.studies.clipping_and_schedule import (
+    ARMS,
+    PUBLISHED,
+    Measured,
+    Settings,
+    answer,
+    findings,
+    frozen_of_bert_base,
+    lost,
+    measure,
+    run,
+)
 from minigpt.studies.encoders import read_rows
 from minigpt.training.train import Interrupted, TrainConfig
 from tests.minigpt.data import bag_of_words as oracle
@@ -305,12 +314,12 @@ def invented(seeds: int, **changes: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def told(seeds: int, **changes: Sequence[Any]) -> Runs:
-    return gather(Settings(seeds=seeds, steps=20), invented(seeds, **changes))
+def told(seeds: int, **changes: Sequence[Any]) -> Measured:
+    return measure(Settings(seeds=seeds, steps=20), invented(seeds, **changes))
 
 
-def verdicts(runs: Runs) -> dict[str, str]:
-    return {f.claim.removeprefix("clipping."): f.verdict for f in findings(runs)}
+def verdicts(measured: Measured) -> dict[str, str]:
+    return {f.claim.removeprefix("clipping."): f.verdict for f in findings(measured)}
 
 
 def test_verdicts_of_invented_runs() -> None:

@@ -17,15 +17,14 @@ from minigpt.commands.cli import main
 from minigpt.studies import lora_rank, training
 from minigpt.studies.claims import CLAIMS
 from minigpt.studies.counts import lora_counts
-from minigpt.studies.lora_rank_findings import (
+from minigpt.studies.lora_rank import (
     RANKS,
     SHARES,
+    Measured,
     Size,
-    collect,
     findings,
-    flat_from,
+    measure,
     part_name,
-    reaches,
 )
 from minigpt.training.train import Interrupted
 from tests.minigpt.studies.studies import Here, refused, stopping
@@ -202,28 +201,30 @@ def size(means: Sequence[float], before: float = 4.0, noise: float = 1e-3, seeds
 
 def test_where_a_plateau_begins() -> None:
     found = size([3.6, 3.3, 3.1, 3.0, 3.0, 3.0, 3.0])
-    assert found.plateau == flat_from(found) == 8
-    assert reaches(found) == "holds"
+    assert found.plateau == found.flat_from() == 8
+    assert found.reaches_plateau() == "holds"
     assert found.gain == pytest.approx(1.0, abs=0.01)
     near = size([3.6, 3.3, 3.1, 3.04, 3.0, 3.0, 3.0])  # clearly above the best, and within 5 %
-    assert (near.plateau, flat_from(near)) == (16, 8)
+    assert (near.plateau, near.flat_from()) == (16, 8)
 
 
 def test_no_plateau_and_nothing_decided() -> None:
-    assert reaches(size([3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0])) == "fails"  # still falls
-    assert reaches(size([3.6, 3.3, 3.0, 3.0, 3.0, 3.0, 3.4])) == "fails"  # rises again
+    assert size([3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0]).reaches_plateau() == "fails"  # still falls
+    assert size([3.6, 3.3, 3.0, 3.0, 3.0, 3.0, 3.4]).reaches_plateau() == "fails"  # rises again
     flat = [3.0] * len(RANKS)
-    assert reaches(size(flat)) == "holds"
-    assert reaches(size(flat, seeds=4)) == "undecided"
-    assert reaches(size(flat, noise=0.2)) == "undecided"
+    assert size(flat).reaches_plateau() == "holds"
+    assert size(flat, seeds=4).reaches_plateau() == "undecided"
+    assert size(flat, noise=0.2).reaches_plateau() == "undecided"
     assert size(flat, noise=0.2).plateau == 1  # wide intervals contain 0
-    assert reaches(size(flat, before=2.9)) == "undecided"  # fine-tuning gains nothing
+    assert size(flat, before=2.9).reaches_plateau() == "undecided"  # fine-tuning gains nothing
 
 
 def test_findings_speak_of_all_of_the_text(base: Path) -> None:
     sizes = dict.fromkeys(SHARES, size([3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0]))
     sizes[SHARES[-1]] = size([3.6, 3.3, 3.1, 3.0, 3.0, 3.0, 3.0])
-    plateau = next(f for f in findings(sizes, "a model") if f.claim == "rank.plateau")
+    plateau = next(
+        f for f in findings(Measured(settings(base), sizes)) if f.claim == "rank.plateau"
+    )
     assert plateau.verdict == "holds"
     assert "1/16 of the text fails, 1/4 of the text fails" in plateau.note
 
@@ -239,7 +240,7 @@ def test_results_are_paired_by_seed() -> None:
         for share in SHARES
         for seed in range(3)
     }
-    found = collect(parts, 3)[SHARES[0]]
+    found = measure(lora_rank.Settings(seeds=3), parts).sizes[SHARES[0]]
     assert found.best == 64
     assert found.above(1, 64).value == pytest.approx(1 - 1 / 64)
     assert found.above(1, 64).high == pytest.approx(1 - 1 / 64)  # seeds differ alike
@@ -253,7 +254,7 @@ def test_lora_is_counted_on_the_layer_itself() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seeds", "1"], "--seeds is 1, an interval needs at least 2"),
+        (["--seeds", "1"], "seeds is 1, must be at least 2"),
         (["--heldout", "1"], "--heldout is 1.0, must lie between 0 and 1"),
         (["--sequence-length", "17"], "there are 16 positions for tokens"),
         (["--batch-size", "0"], "batch_size is 0, must be at least 1"),

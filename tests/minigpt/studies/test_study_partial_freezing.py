@@ -16,7 +16,6 @@ from minigpt.commands.cli import main
 from minigpt.data.text import RandomWindows
 from minigpt.studies import partial_freezing as study
 from minigpt.studies.decoders import load_decoder
-from minigpt.studies.partial_freezing_report import counts
 from minigpt.training.train import Interrupted
 from tests.minigpt.studies.studies import base, refused
 
@@ -110,7 +109,7 @@ def test_the_rules_count_what_the_write_up_and_its_code_would_train() -> None:
         for arm, rule in study.RULES.items()
     }
     assert counted == {"full": 125_198_592, "intended": 56_707_584, "literal": 96_877_824}
-    measured = {f.claim: f.measured for f in counts()}
+    measured = {f.claim: f.measured for f in study.counts()}
     assert measured["partial.count"] == "56,707,584 of 125,198,592, 54.7 % fewer"
     assert "96,877,824" in measured["partial.literal"]
 
@@ -261,9 +260,9 @@ def test_verdicts_follow_the_numbers(
     expected: dict[str, str],
     words: tuple[str, ...],
     folder: Path,
-    tmp_path: Path,
 ) -> None:
-    found = study.report(settings(folder, seeds=5), invented(**change), tmp_path)
+    chosen = settings(folder, seeds=5, rounds=6)
+    found = study.report(study.measure(chosen, invented(**change)))
     verdicts = {finding.claim: finding.verdict for finding in found.findings}
     for claim, verdict in expected.items():
         assert verdicts[f"partial.{claim}"] == verdict, claim

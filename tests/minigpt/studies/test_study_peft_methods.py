@@ -17,7 +17,7 @@ from minigpt.studies import peft_methods, training
 from minigpt.studies.claims import CLAIMS
 from minigpt.studies.encoder_methods import METHODS, attach, new_modules
 from minigpt.studies.encoders import read_rows
-from minigpt.studies.peft_methods_findings import findings, outcomes, slope, variances
+from minigpt.studies.peft_methods import Measured, findings, measure, variances
 from minigpt.training.train import Interrupted
 from tests.minigpt.studies.studies import Here, refused, stopping
 
@@ -228,8 +228,12 @@ def invented(
 
 
 def verdicts(results: dict[str, Any]) -> dict[str, str]:
-    found = findings(outcomes(results, 5), "a model, a text, 5 seeds")
+    found = findings(measured(results))
     return {finding.claim.removeprefix("methods."): finding.verdict for finding in found}
+
+
+def measured(results: dict[str, Any]) -> Measured:
+    return measure(peft_methods.Settings(seeds=5, rounds=5), results)
 
 
 SIZES = {method: 10.0 ** (len(METHODS) - i) for i, method in enumerate(METHODS)}
@@ -276,7 +280,7 @@ def test_variances_and_slopes_are_those_of_numpy() -> None:
     left = np.delete(given, 2, axis=0).var(axis=0, ddof=1).mean()
     assert found[2] == pytest.approx(4 * np.mean(found) - 3 * left)
     results = invented(SIZES, fit={m: 0.1 * d**2 for m, d in DECADES.items()})
-    one = slope(outcomes(results, 5), lambda o: o.fit)
+    one = measured(results).fit()
     x = list(DECADES.values())
     assert one.value == pytest.approx(np.polyfit(x, 0.1 * np.square(x), 1)[0])
     assert one.low == pytest.approx(one.value) == one.high  # the seeds differ by a constant
@@ -285,8 +289,8 @@ def test_variances_and_slopes_are_those_of_numpy() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seeds", "2"], "--seeds is 2, an interval needs at least 3"),
-        (["--rounds", "1"], "--rounds is 1, an interval needs at least 2"),
+        (["--seeds", "2"], "seeds is 2, must be at least 3"),
+        (["--rounds", "1"], "rounds is 1, must be at least 2"),
         (["--lr", "lore=1"], "--lr lore=1: 'lore' must be one of full, freeze, "),
         (["--lr", "lora=x"], "--lr lora=x: want a number"),
         (["--lr", "lora=0"], "lr is 0.0, must be a positive number"),

@@ -15,7 +15,7 @@ import transformers
 import minigpt
 from minigpt.commands.cli import main
 from minigpt.studies import targeted_freezing as study
-from minigpt.studies.probes import WeightChange
+from minigpt.studies.targeted_freezing import WeightChange
 from minigpt.training.train import Interrupted
 from tests.minigpt.studies.studies import base, refused
 
@@ -210,11 +210,11 @@ VERDICTS = {
 
 @pytest.mark.parametrize(("change", "expected"), VERDICTS.values(), ids=VERDICTS)
 def test_verdicts_follow_the_numbers(
-    change: dict[str, float], expected: dict[str, str], folder: Path, tmp_path: Path
+    change: dict[str, float], expected: dict[str, str], folder: Path
 ) -> None:
     results = invented(**change)
     results["time"]["seconds"]["frozen"][-1] *= 1.001  # some spread
-    found = study.report(settings(folder, seeds=5), results, tmp_path)
+    found = study.report(study.measure(settings(folder, seeds=5), results))
     verdicts = {finding.claim: finding.verdict for finding in found.findings}
     for claim, verdict in expected.items():
         assert verdicts[f"freezing.{claim}"] == verdict, claim
@@ -224,11 +224,11 @@ def test_verdicts_follow_the_numbers(
     assert len(found.answer) == 3
 
 
-def test_models_from_different_starts_are_not_compared(folder: Path, tmp_path: Path) -> None:
+def test_models_from_different_starts_are_not_compared(folder: Path) -> None:
     results = invented()
     results["frozen-3"]["start"] = "another"
     with pytest.raises(ValueError, match="did not start from the same weights"):
-        study.report(settings(folder, seeds=5), results, tmp_path)
+        study.measure(settings(folder, seeds=5), results)
 
 
 def test_the_published_settings() -> None:
