@@ -15,27 +15,30 @@ from minigpt.studies.claims import CLAIMS, SEEDS
 DOCS = Path(__file__).parents[1] / "docs"
 HEAD = f"""# Claims of the write-ups, measured
 
-What five published experiments say (000 targeted freezing, 001 partial fine-tuning, 002 clipping
-and schedule, 003 overview of methods, 004 survey), and what came out here. Written by
-`python -m tools.claims` from the results in `docs/studies`, each the output of one command.
+The claims of five published experiments (000 targeted freezing, 001 partial fine-tuning, 002
+clipping and schedule, 003 overview of methods, 004 survey), beside the figures measured here.
+`python -m tools.claims` writes this page from the results in `docs/studies`, each the output of one
+command.
 
-Intervals hold 95 %. A claim *holds* if the interval excludes the alternative and contains the
-quoted figure, *holds in direction* if it excludes the alternative but not with that figure, *fails*
-on the other side, and is *undecided* otherwise or on fewer than {SEEDS} seeds. Counts are equal or
-not.
+Intervals are 95 % confidence intervals. A claim *holds* if the interval excludes the alternative
+and contains the quoted figure, *holds in direction* if it excludes the alternative but does not
+contain that figure, *fails* if the interval lies on the other side of the alternative, and is
+*undecided* otherwise or on fewer than {SEEDS} seeds. A count holds if it equals the quoted one, and
+fails if not.
 """
 COLUMNS = ("claim", "quoted", "measured", "verdict", "on", "note")
 REMARKS = """
 - `targeted-freezing-125m` and `partial-freezing-125m` start from random weights, those of
   `minigpt.save(minigpt.GPTNeo(minigpt.GPTNeoConfig()), ...)` with GPT-Neo's tokenizer beside them.
-  Theirs are the counts, times and memory, of small batches, where weights and the optimizer's state
-  outweigh activations. What they say of popular tokens and forgetting is of no pretrained model.
+  They measure counts, times and memory, with small batches, where weights and the optimizer's state
+  outweigh activations. Ignore their figures on popular tokens and forgetting: the weights were
+  random.
 - `clipping-and-schedule-minilm` and `peft-methods-minilm` learn from 800 reviews, cut to 96 and 128
   tokens. The latter gives every method 50 steps, at rates that no search has chosen: it compares
-  what they reach so soon.
-- In `peft-methods-bundled` five of the ten methods end within 5 points of chance (of three rates
-  each a search found none better): what it says of variance and of cost says above all that they
-  learned little from so small an encoder.
+  the methods after these few steps.
+- In `peft-methods-bundled` five of the ten methods end within 5 points of chance (a search over
+  three rates for each found none better): its results on variance and cost mainly show that these
+  methods barely learned on so small an encoder.
 - In `lora-rank-bundled` fine-tuning on 1/16 of the text gains next to nothing, at any rank."""
 TITLES = {
     "000": "Targeted freezing",
