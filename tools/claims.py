@@ -59,11 +59,11 @@ def ledger() -> str:
         for key, claim in CLAIMS.items():
             if claim.source != source:
                 continue
-            found = findings(runs, key)
-            if not found:
+            rows = findings(runs, key)
+            if not rows:
                 verdict = "cannot be tested here" if claim.why else "undecided"
-                found = [["not measured", verdict, "", claim.why]]
-            for i, cells in enumerate(found):
+                rows = [["not measured", verdict, "", claim.why]]
+            for i, cells in enumerate(rows):
                 begin = [claim.text, claim.quoted] if i == 0 else ["", ""]
                 lines.append("| " + " | ".join(cell(c) for c in [*begin, *cells]) + " |")
         lines.append("")
@@ -79,15 +79,15 @@ def findings(runs: list[tuple[str, Any]], key: str) -> list[list[str]]:
     """Measured, verdict, on, note: of every run that says something about the claim; what several
     say alike, such as a count, once.
     """
-    found: dict[tuple[str, str, str, str], list[str]] = {}
+    reports: dict[tuple[str, str, str, str], list[str]] = {}
     for name, results in runs:
         for f in results["findings"]:
             if f["claim"] == key:
                 cells = (f["measured"], f["verdict"], f["on"], f["note"])
-                found.setdefault(cells, []).append(f"[{name}](studies/{name}/report.html)")
+                reports.setdefault(cells, []).append(f"[{name}](studies/{name}/report.html)")
     return [
         [measured, verdict, f"{on} ({', '.join(where)})", note]
-        for (measured, verdict, on, note), where in found.items()
+        for (measured, verdict, on, note), where in reports.items()
     ]
 
 

@@ -28,10 +28,10 @@ def accuracy(train: Rows, test: Rows, decay: float = 1e-2) -> Estimate:
         optimizer.zero_grad()
         squares = weight.square().sum() + bias.square().sum()
         # mean of - log p(label)  +  decay / 2 (|w|^2 + b^2)
-        found = F.binary_cross_entropy_with_logits(_logits(bags, weight, bias), labels)
-        found = found + decay / 2 * squares
-        found.backward()
-        return found
+        value = F.binary_cross_entropy_with_logits(_logits(bags, weight, bias), labels)
+        value = value + decay / 2 * squares
+        value.backward()
+        return value
 
     optimizer.step(loss)
     guesses = _logits(_bags(test, vocabulary), weight, bias) > 0

@@ -24,15 +24,15 @@ SEEDS = 5  # below this nothing holds and nothing fails
 
 @dataclass(frozen=True)
 class Claim:
-    """What a write-up says.
+    """A claim of a write-up.
 
     Attributes:
         source: the write-up: 000 targeted freezing, 001 partial fine-tuning, 002 clipping and
             schedule, 003 overview of methods, 004 survey.
         text: the claim.
         quoted: the figure it quotes, in words.
-        study: the study that measures it; "" where none can.
-        why: for those that none can.
+        study: the study that measures it; "" if none can.
+        why: the reason why none can.
     """
 
     source: str

@@ -76,9 +76,10 @@ from minigpt.studies.encoders import (
 )
 from minigpt.studies.figures import FROZEN, FULL, OTHERS, Figures, curve, line, marks, smooth
 from minigpt.studies.lab import Part, Result
+from minigpt.studies.paired import differences, over_seeds, ratios, successive_variance
 from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import learn
-from minigpt.studies.words import over_seeds, percent, ran_on, shown, side
+from minigpt.studies.words import percent, ran_on, shown, side
 from minigpt.training import memory
 from minigpt.training.train import Row, TrainConfig
 
@@ -360,7 +361,7 @@ class Measured:
 
     def accuracy(self, arm: str) -> Estimate:
         """The mean over seeds, with the interval that so many reviews leave."""
-        right = self.mean(arm, lambda run: run["right"])
+        right = self.mean(arm, itemgetter("right"))
         return replace(share(round(right), self.rows), value=right / self.rows)
 
     def bag_of_words(self) -> Estimate:
@@ -369,7 +370,7 @@ class Measured:
 
     def first(self, arm: str) -> float:
         """The course's accuracy, that of the first batch alone, at the end of training."""
-        return self.mean(arm, lambda run: run["first_accuracy"])
+        return self.mean(arm, itemgetter("first_accuracy"))
 
     def clipped(self, arm: str) -> float:
         """Share of the steps that clipping changed."""
@@ -381,15 +382,15 @@ class Measured:
 
     def gain(self) -> Estimate:
         """Accuracy with everything less that of the baseline."""
-        pairs = zip(self.arms["schedule"], self.arms["baseline"], strict=True)
-        return over_seeds([(a["right"] - b["right"]) / self.rows for a, b in pairs])
+        right = (self.each(arm, itemgetter("right")) for arm in ("schedule", "baseline"))
+        return over_seeds([difference / self.rows for difference in differences(*right)])
 
     def log_variance(self, of: Callable[[Result], float]) -> Estimate:
         """Logarithm of a variance of the loss with clipping and schedule over that with neither;
         the same tensors train in both.
         """
-        pairs = zip(self.arms["schedule"], self.arms["freezing"], strict=True)
-        return over_seeds([math.log(of(a) / of(b)) for a, b in pairs])
+        variances = (self.each(arm, of) for arm in ("schedule", "freezing"))
+        return over_seeds([math.log(ratio) for ratio in ratios(*variances)])
 
     def variance_ratio(self, of: Callable[[Result], float]) -> str:
         """The geometric mean of these ratios, with its interval."""
@@ -438,9 +439,8 @@ def tail_variance(run: Result) -> float:
 
 
 def jumps(run: Result) -> float:
-    """Half the mean square of the difference of neighbouring losses."""
-    losses = run["steps"]["loss"]
-    return fmean([(a - b) ** 2 / 2 for a, b in zip(losses[1:], losses[:-1], strict=True)])
+    """The variance of the training loss from step to step, which leaves out its fall."""
+    return successive_variance(run["steps"]["loss"])
 
 
 def frozen_of_bert_base() -> tuple[int, int]:
@@ -463,10 +463,11 @@ def answer(m: Measured) -> list[str]:
     gain, variance, bag = m.gain(), m.log_variance(tail_variance), m.bag_of_words()
     seeds = m.settings.seeds
     apart = "seeds do not tell them apart" if seeds > 1 else "one seed tells nothing apart"
-    better = side(gain, 0, "more than", "fewer than", "beside")
-    doubt = side(gain, 0, "", "", f" ({apart})")
-    lower = side(variance, 0, ", higher", ", lower", f" ({apart})")
-    rank = side(m.accuracy(best), bag.value, "is above", "is below", "is not told apart from")
+    better = side(gain, "more than", "fewer than", "beside")
+    doubt = side(gain, "", "", f" ({apart})")
+    lower = side(variance, ", higher", ", lower", f" ({apart})")
+    ranks = ("is above", "is below", "is not told apart from")
+    rank = side(m.accuracy(best), *ranks, alternative=bag.value)
     negative, positive = m.unread["first_negative"], m.unread["first_positive"]
     first = negative + positive
     kinds = "both classes" if min(negative, positive) else "one class only"
@@ -568,7 +569,7 @@ def tables(m: Measured) -> list[Table]:
             "accuracy [seeds]": lambda arm: percent(
                 over_seeds(m.each(arm, lambda run: run["right"] / m.rows))
             ),
-            "loss, nats": lambda arm: f"{m.mean(arm, lambda run: run['loss']):.4f}",
+            "loss, nats": lambda arm: f"{m.mean(arm, itemgetter('loss')):.4f}",
             "course's measure": lambda arm: f"{100 * m.first(arm):.1f} %",
         },
         f"{m.rows} held-out reviews, half of each label. [reviews]: Wilson's interval for so "

@@ -21,9 +21,10 @@ from minigpt.checkpoints.source import ASSETS, find
 from minigpt.data.text import RandomWindows, read_text, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
+from minigpt.models.config import positive
 from minigpt.models.gpt_neo import GPTNeo
 from minigpt.objectives.causal import language_model_loss
-from minigpt.studies.training import learn
+from minigpt.studies.training import Step, at_least, learn
 from minigpt.training.train import Probe, Row, TrainConfig
 
 CARROLL, POE = "bundled-carroll", "bundled-poe"  # the tales in the package
@@ -75,19 +76,6 @@ def split_ids(decoder: Decoder, source: str, heldout: float) -> tuple[Tensor, Te
     return train, test
 
 
-def check_length(decoder: Decoder, sequence_length: int, tokens: int) -> None:
-    """Raises ValueError where the model has too few positions for a window, or for the sampled
-    `tokens` after one start token.
-    """
-    limit = decoder.model.max_tokens
-    for option, value, needed in (
-        ("sequence_length", sequence_length, sequence_length),
-        ("tokens", tokens, tokens + 1),
-    ):
-        if needed > limit:
-            raise ValueError(f"{option} is {value}, the model has {limit} positions")
-
-
 def train_only(model: GPTNeo, rule: Rule) -> int:
     """Lets those parameters train whose checkpoint names the rule picks, and no others.
 
@@ -100,29 +88,70 @@ def train_only(model: GPTNeo, rule: Rule) -> int:
     return sum(picked)
 
 
-def constant_rate(steps: int, lr: float, weight_decay: float) -> TrainConfig:
-    """No schedule, no clipping."""
-    return TrainConfig(
-        steps,
-        lr=lr,
-        schedule="constant",
-        weight_decay=weight_decay,
-        max_norm=None,
-        snapshot_every=50,
-    )
+class Tuning:
+    """How the settings of 000 and 001 train a decoder; a part of both."""
 
+    model: str
+    seeds: int
+    steps: int
+    batch_size: int
+    sequence_length: int
+    lr: float
+    weight_decay: float
+    popular: int
+    starts: int
+    tokens: int
+    rounds: int
 
-def tune(
-    folder: Path,
-    decoder: Decoder,
-    batches: RandomWindows,
-    config: TrainConfig,
-    probes: Sequence[Probe] = (),
-) -> list[Row]:
-    """Trains the parameters that require a gradient, as `learn` does."""
-    torch.manual_seed(batches.seed)  # of dropout: the same for all models of one seed
-    model, tokens = decoder.model, batches.batch_size * batches.length
-    return learn(folder, folder.name, model, language_model_loss, batches, config, tokens, probes)
+    def checked_decoder(self) -> Decoder:
+        """The model, once the settings make sense for it.
+
+        Raises:
+            ValueError: they do not; it is no decoder, or has too few positions for a window, or for
+                the tokens sampled after a start token.
+        """
+        positive(self, "seeds", "batch_size", "sequence_length", "starts", "tokens", "popular")
+        at_least(self, 2, "steps", "rounds")
+        self.training()
+        decoder = load_decoder(self.model, "cpu")
+        limit = decoder.model.max_tokens
+        for option, needed in (
+            ("sequence_length", self.sequence_length),
+            ("tokens", self.tokens + 1),
+        ):
+            if needed > limit:
+                value = getattr(self, option)
+                raise ValueError(f"{option} is {value}, the model has {limit} positions")
+        return decoder
+
+    def training(self) -> TrainConfig:
+        """No schedule, no clipping."""
+        return TrainConfig(
+            self.steps,
+            lr=self.lr,
+            schedule="constant",
+            weight_decay=self.weight_decay,
+            max_norm=None,
+            snapshot_every=50,
+        )
+
+    def windows(self, ids: Tensor, seed: int) -> RandomWindows:
+        return RandomWindows(ids, self.sequence_length, self.batch_size, seed)
+
+    def tune(
+        self, folder: Path, decoder: Decoder, ids: Tensor, seed: int, probes: Sequence[Probe] = ()
+    ) -> list[Row]:
+        """Trains the parameters that require a gradient on windows of `ids`, as `learn` does."""
+        torch.manual_seed(seed)  # of dropout: the same for all models of one seed
+        batches, config, model = self.windows(ids, seed), self.training(), decoder.model
+        tokens = self.batch_size * self.sequence_length
+        return learn(
+            folder, folder.name, model, language_model_loss, batches, config, tokens, probes
+        )
+
+    def step(self, decoder: Decoder, ids: Tensor) -> Step:
+        """Such a step alone."""
+        return Step(decoder.model, language_model_loss, self.windows(ids, 0), self.training())
 
 
 def starts(ids: Tensor, n: int, seed: int) -> Tensor:

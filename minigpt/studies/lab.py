@@ -1,12 +1,12 @@
-"""Where a study's parts run: each once, each in a process of its own, so that its peak memory and
-its random numbers are its own.
+"""Runs the parts of a study, each once and in a process of its own, so that a part shares neither
+peak memory nor random numbers with another.
 
 OUT/run.json                    the study and its settings
 OUT/runs/PART/metrics.jsonl     one row a step, where the part trains
-OUT/runs/PART/result.json       what the part found, written last
+OUT/runs/PART/result.json       the result of the part, written last
 
-A part that has its result is not run again, and its snapshots are gone; one that was interrupted
-goes on from them.
+A part that has a result does not run again, and its snapshots are deleted; a part that was
+interrupted continues from them.
 """
 
 import json
@@ -39,9 +39,9 @@ PRELOAD = [
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a study: `function(folder, *arguments)` -> what JSON can hold.
+    """A piece of a study: `function(folder, *arguments)` -> a result that JSON can hold.
 
-    The function stands at the top of a module, and what it writes goes to `folder`.
+    The function is defined at the top of a module and writes to `folder` alone.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Lab:
         """Results by the names of the parts.
 
         Raises:
-            ValueError: what a part raised.
-            Interrupted: SIGINT or SIGTERM came; parts that were done stay done.
+            ValueError: a part raised it, or died.
+            Interrupted: SIGINT or SIGTERM came; finished parts keep their results.
         """
-        found: dict[str, Result] = {}
+        results: dict[str, Result] = {}
         begin, ran = time.monotonic(), 0
         for i, part in enumerate(parts):
             path = self.folder / part.name / "result.json"
@@ -75,8 +75,8 @@ class Lab:
                 _say(f"part {i + 1} of {len(parts)}: {part.name}{left}")
                 self._run(part, path)
                 ran += 1
-            found[part.name] = json.loads(path.read_text())
-        return found
+            results[part.name] = json.loads(path.read_text())
+        return results
 
     def _run(self, part: Part, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,14 +99,14 @@ class Lab:
             raise ValueError(message)
 
     def _warn(self, text: str) -> None:
-        """Says once what many parts warn of, such as a classifier that is new."""
+        """Prints a warning once, however many parts give it."""
         if text not in self.warned:
             self.warned.add(text)
             _say(text)
 
 
 class _Warnings(logging.Handler):
-    """Sends what a part warns of to the parent."""
+    """Sends a part's warnings to the parent."""
 
     def __init__(self, pipe: Connection) -> None:
         super().__init__(logging.WARNING)
@@ -132,7 +132,7 @@ def _child(part: Part, path: Path, pipe: Connection) -> None:
 
 
 class _passed_on:
-    """Signals that ask to stop go on to a child."""
+    """Passes SIGINT and SIGTERM on to a child."""
 
     def __init__(self, child: Any) -> None:
         self.child = child

@@ -45,6 +45,7 @@ from minigpt.studies.counts import lora_counts
 from minigpt.studies.decoders import CARROLL, load_decoder, split_ids
 from minigpt.studies.figures import OTHERS, Figures, line, points
 from minigpt.studies.lab import Part, Result
+from minigpt.studies.paired import differences
 from minigpt.studies.report import Report, Table
 from minigpt.studies.training import at_least, learn
 from minigpt.studies.words import moves, ran_on
@@ -202,7 +203,7 @@ class Size:
 
     def above(self, r: int, other: int) -> Estimate:
         """How much more loss rank r ends with than another, seed by seed."""
-        return mean([a - b for a, b in zip(self.losses[r], self.losses[other], strict=True)])
+        return mean(differences(self.losses[r], self.losses[other]))
 
     def above_best(self, r: int) -> Estimate:
         return self.above(r, self.best)

@@ -39,13 +39,11 @@ import torch
 from torch import Tensor
 
 import peft_lite
-from minigpt.data.text import Batch, RandomWindows, consecutive_windows
+from minigpt.data.text import Batch, consecutive_windows
 from minigpt.generation import generate
 from minigpt.metrics.intervals import Estimate, longer_than, popular_share, popular_tokens, share
-from minigpt.models.config import positive
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.options import option
-from minigpt.studies import decoders
 from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
@@ -53,6 +51,7 @@ from minigpt.studies.decoders import (
     POE,
     Decoder,
     Rule,
+    Tuning,
     load_decoder,
     sample,
     starts,
@@ -61,12 +60,13 @@ from minigpt.studies.decoders import (
 )
 from minigpt.studies.figures import BOX, FROZEN, FULL, HATCHES, OTHERS, Figures, bar, curve
 from minigpt.studies.lab import Part, Result
+from minigpt.studies.paired import differences, last_tenth, over_seeds, ratios
 from minigpt.studies.report import Report, Table, table
-from minigpt.studies.training import Step, at_least, in_turn, ratios
-from minigpt.studies.words import name, over_seeds, percent, ran_on, shown, side
+from minigpt.studies.training import Step, in_turn
+from minigpt.studies.words import name, percent, ran_on, shown, side
 from minigpt.training import memory
 from minigpt.training.snapshot import fingerprint
-from minigpt.training.train import TrainConfig, evaluate
+from minigpt.training.train import evaluate
 
 TITLE = "Partial fine-tuning: attention and embeddings frozen"
 SOURCES = {
@@ -98,7 +98,7 @@ QUOTED_MEMORY = (0.25, 0.30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Tuning):
     """Of `minigpt study partial-freezing`."""
 
     model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
@@ -117,12 +117,6 @@ class Settings:
     starts: int = option("random start tokens", 10)
     tokens: int = option("tokens sampled after each start", 100)
     rounds: int = option("measurements of each time, in turn", 11)
-
-    def training(self) -> TrainConfig:
-        return decoders.constant_rate(self.steps, self.lr, self.weight_decay)
-
-    def batches(self, ids: Tensor, seed: int) -> RandomWindows:
-        return RandomWindows(ids, self.sequence_length, self.batch_size, seed)
 
     @property
     def names(self) -> dict[str, str]:
@@ -147,14 +141,10 @@ def parts(settings: Settings) -> list[Part]:
     Raises:
         ValueError: the model is no decoder, a text is too short, or a setting makes no sense.
     """
-    positive(settings, "seeds", "batch_size", "sequence_length", "starts", "tokens", "popular")
-    at_least(settings, 2, "steps", "rounds")
-    settings.training()
-    decoder = load_decoder(settings.model, "cpu")
-    decoders.check_length(decoder, settings.sequence_length, settings.tokens)
+    decoder = settings.checked_decoder()
     for ids in both_texts(decoder, settings).values():
         popular_set(decoder, ids, settings)
-        settings.batches(ids, 0)
+        settings.windows(ids, 0)
     if settings.pretraining_text is not None:
         some_windows(token_ids(decoder, settings.pretraining_text), settings)
     runs = [
@@ -227,8 +217,7 @@ def run(folder: Path, settings: Settings, arm: str, text: str, seed: int) -> Res
         return {"popular": p(sample(decoder, prompts, settings.tokens, seed)), "loss": losses}
 
     before = measured()
-    batches = settings.batches(texts[text], seed)
-    rows = decoders.tune(folder, decoder, batches, settings.training())
+    rows = settings.tune(folder, decoder, texts[text], seed)
     counts = peft_lite.report(model)
     return {
         "tensors": tensors,
@@ -305,8 +294,7 @@ def inference(folder: Path, settings: Settings) -> Result:
 def stepper(decoder: Decoder, settings: Settings, arm: str) -> Step:
     """Steps on the first text."""
     train_only(decoder.model, RULES[arm])
-    batches = settings.batches(token_ids(decoder, settings.text), 0)
-    return Step(decoder.model, language_model_loss, batches, settings.training())
+    return settings.step(decoder, token_ids(decoder, settings.text))
 
 
 # --- what they say ------------------------------------------------------------------------------
@@ -329,16 +317,17 @@ class Measured:
 
     def relative_memory(self, arm: str) -> list[float]:
         """Peak over full tuning's."""
-        pairs = zip(self.memory("peak", arm), self.memory("peak", "full"), strict=True)
-        return [a / b for a, b in pairs]
+        return ratios(self.memory("peak", arm), self.memory("peak", "full"))
 
     def relative_time(self, arm: str) -> list[float]:
         """Of a step, one ratio a round."""
-        return ratios(self.parts["time"]["seconds"], arm, "full")
+        seconds = self.parts["time"]["seconds"]
+        return ratios(seconds[arm], seconds["full"])
 
     def inference(self) -> list[float]:
         """Tuned over untouched, one ratio a round."""
-        return ratios(self.parts["inference"]["seconds"], "tuned", "untouched")
+        seconds = self.parts["inference"]["seconds"]
+        return ratios(seconds["tuned"], seconds["untouched"])
 
     def rises(self, arm: str, on: str) -> list[float]:
         """Change of a loss by tuning, one a seed, mean of a rule's two models; `on` is "own",
@@ -355,8 +344,7 @@ class Measured:
 
     def less_forgotten(self) -> list[float]:
         """Nats a token by which full tuning forgets more."""
-        full, intended = (self.rises(arm, "pretraining") for arm in ("full", "intended"))
-        return [a - b for a, b in zip(full, intended, strict=True)]
+        return differences(self.rises("full", "pretraining"), self.rises("intended", "pretraining"))
 
     def gained(self, arm: str) -> float:
         """Nats a token that the loss falls by on the text that is learned."""
@@ -408,20 +396,9 @@ def answer(m: Measured) -> list[str]:
     memory = over_seeds([1 - ratio for ratio in m.relative_memory("intended")])
     time = over_seeds([1 - ratio for ratio in m.relative_time("intended")])
     less, own_set = over_seeds(m.less_forgotten()), over_seeds(m.own_set())
-    forgets = side(
-        less,
-        0,
-        "less is forgotten than by full tuning",
-        "more is forgotten than by full tuning",
-        "it is not decided whether less is forgotten than by full tuning",
-    )
-    uses = side(
-        own_set,
-        0,
-        "A model uses the popular tokens of its own text more",
-        "A model uses the popular tokens of its own text less",
-        "It is not decided whether a model uses the popular tokens of its own text more",
-    )
+    forgets = side(less, "less is", "more is", "it is not decided whether less is")
+    model = side(own_set, "A model", "A model", "It is not decided whether a model")
+    uses = side(own_set, "more", "less", "more")
     stayed = "no frozen tensor moved by a bit" if m.frozen_stayed() else "frozen tensors moved"
     return [
         f"With attention and embeddings frozen "
@@ -429,12 +406,12 @@ def answer(m: Measured) -> list[str]:
         f"literal name test {100 * literal['trainable'] / literal['total']:.1f} %, for it misses "
         f"the embeddings), training takes {percent(memory)} less memory and a step "
         f"{percent(time)} less time; {stayed}.",
-        f"On {m.settings.pretraining_name} {forgets}: its loss rises by {shown(less)} nats a token "
-        f"more with full tuning, which gained {m.gained('full'):.3f} on the text it learned "
-        f"against {m.gained('intended'):.3f}.",
-        f"{uses} than the model tuned on the other text does, a difference of {percent(own_set)} "
-        f"of the tokens it writes; writing takes {shown(over_seeds(m.inference()))} times as long "
-        f"as with the untouched model.",
+        f"On {m.settings.pretraining_name} {forgets} forgotten than by full tuning: its loss "
+        f"rises by {shown(less)} nats a token more with full tuning, which gained "
+        f"{m.gained('full'):.3f} on the text it learned against {m.gained('intended'):.3f}.",
+        f"{model} uses the popular tokens of its own text {uses} than the model tuned on the other "
+        f"text does, a difference of {percent(own_set)} of the tokens it writes; writing takes "
+        f"{shown(over_seeds(m.inference()))} times as long as with the untouched model.",
     ]
 
 
@@ -561,7 +538,7 @@ def tables(m: Measured) -> list[Table]:
         for on in (*TEXTS, "pretraining"):
             before, after = (fmean(r[when]["loss"][on] for r in runs) for when in WHEN)
             cells.append(f"{before:.3f} to {after:.3f}")
-        last = [fmean(run["loss"][-max(1, len(run["loss"]) // 10) :]) for run in runs]
+        last = [last_tenth(run["loss"]) for run in runs]
         losses.append([*cells, shown(over_seeds(last))])
     popular = [
         [
@@ -593,6 +570,7 @@ def tables(m: Measured) -> list[Table]:
 
 # --- figures ------------------------------------------------------------------------------------
 
+Bars = Mapping[str, Callable[[str], Estimate]]  # name of a group -> height of a rule's bar
 STYLES = {"full": FULL, "intended": FROZEN, "literal": OTHERS[0]}
 LABELS = {
     "full": "full: everything trains",
@@ -651,26 +629,17 @@ def draw_costs(m: Measured, figures: Figures) -> None:
     )
     trains = {arm: m.runs(arm, "text")[0]["trainable"] for arm in RULES}
     state = {arm: m.memory("optimizer", arm)[0] for arm in RULES}
-    costs: dict[str, Callable[[str], Estimate]] = {
+    costs: Bars = {
         "parameters that train": lambda arm: exact(trains[arm] / trains["full"]),
         "optimizer's state": lambda arm: exact(state[arm] / state["full"]),
         "peak memory": lambda arm: over_seeds(m.relative_memory(arm)),
         "time of a step": lambda arm: over_seeds(m.relative_time(arm)),
     }
     with figures.add("costs.png", caption, width=10) as axes:
-        for i, cost in enumerate(costs.values()):
-            for k, arm in enumerate(("intended", "literal")):
-                label = LABELS[arm] if i == 0 else None
-                style = {"color": STYLES[arm]["color"], "hatch": HATCHES[k + 1], "label": label}
-                bar(axes, i + 0.38 * (k - 0.5), cost(arm), **style)
+        bar_pairs(axes, costs, ("intended", "literal"))
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(costs)), list(costs))
         axes.set(ylabel="times that of full tuning", ylim=(0, 1.3))
         axes.legend(fontsize="small", ncols=2, loc="upper left")
-
-
-def exact(value: float) -> Estimate:
-    return Estimate(value, value, value)
 
 
 def draw_forgetting(m: Measured, figures: Figures) -> None:
@@ -679,18 +648,27 @@ def draw_forgetting(m: Measured, figures: Figures) -> None:
         "Change of the loss by tuning, both models of a rule together, mean over seeds with 95 % "
         "intervals: above the line something was forgotten, below it learned."
     )
-    texts = {
-        "own": "the text tuned on",
-        "other": "the other text",
-        "pretraining": m.settings.pretraining_name,
+    rises: Bars = {
+        "the text tuned on": lambda arm: over_seeds(m.rises(arm, "own")),
+        "the other text": lambda arm: over_seeds(m.rises(arm, "other")),
+        m.settings.pretraining_name: lambda arm: over_seeds(m.rises(arm, "pretraining")),
     }
     with figures.add("forgetting.png", caption, width=10) as axes:
-        for i, on in enumerate(texts):
-            for k, arm in enumerate(("full", "intended")):
-                label = LABELS[arm] if i == 0 else None
-                style = {"color": STYLES[arm]["color"], "hatch": HATCHES[k], "label": label}
-                bar(axes, i + 0.38 * (k - 0.5), over_seeds(m.rises(arm, on)), **style)
+        bar_pairs(axes, rises, ("full", "intended"))
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(texts)), list(texts.values()))
         axes.set(ylabel="loss after - before (nats a token)")
         axes.legend(fontsize="small")
+
+
+def exact(value: float) -> Estimate:
+    return Estimate(value, value, value)
+
+
+def bar_pairs(axes: Any, groups: Bars, arms: tuple[str, str]) -> None:
+    """Two bars for each group, one of each rule."""
+    for i, height in enumerate(groups.values()):
+        for k, arm in enumerate(arms):
+            style = {"color": STYLES[arm]["color"], "hatch": HATCHES[[*RULES].index(arm)]}
+            label = LABELS[arm] if i == 0 else None
+            bar(axes, i + 0.38 * (k - 0.5), height(arm), label=label, **style)
+    axes.set_xticks(range(len(groups)), list(groups))

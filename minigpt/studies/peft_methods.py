@@ -65,8 +65,9 @@ from minigpt.studies.encoders import (
 )
 from minigpt.studies.figures import Figures, marks, points
 from minigpt.studies.lab import Part, Result
+from minigpt.studies.paired import differences, middle_half, ratios
 from minigpt.studies.report import Report, Table, table
-from minigpt.studies.training import Step, at_least, in_turn, learn, middle_half, ratios
+from minigpt.studies.training import Step, at_least, in_turn, learn
 from minigpt.studies.words import moves, percent, ran_on
 from minigpt.training import memory
 from minigpt.training.train import TrainConfig, evaluate
@@ -310,14 +311,12 @@ class Measured:
 
     def lead(self, method: str) -> Estimate:
         """How much more accurate full tuning is, seed by seed."""
-        pairs = zip(self.full.accuracy, self.outcomes[method].accuracy, strict=True)
-        return mean([full - other for full, other in pairs])
+        return mean(differences(self.full.accuracy, self.outcomes[method].accuracy))
 
     def gain(self) -> Estimate:
         """Worth of the methods, their mean, less that of full tuning, seed by seed."""
-        columns = zip(*(self.outcomes[method].worth for method in PEFT), strict=True)
-        pairs = zip(columns, self.full.worth, strict=True)
-        return mean([fmean(column) - full for column, full in pairs])
+        by_seed = zip(*(self.outcomes[method].worth for method in PEFT), strict=True)
+        return mean(differences([fmean(worths) for worths in by_seed], self.full.worth))
 
 
 def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
@@ -325,7 +324,7 @@ def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
     total = results[f"cost-{FULL}"]["trainable"]
     outcomes = {}
     for method in METHODS:
-        cost, times = results[f"cost-{method}"], ratios(seconds, method, FULL)
+        cost, times = results[f"cost-{method}"], ratios(seconds[method], seconds[FULL])
         runs = [results[f"{method}-seed-{seed}"] for seed in range(settings.seeds)]
         outcomes[method] = Outcome(
             trainable=cost["trainable"],

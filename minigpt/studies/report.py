@@ -1,5 +1,5 @@
-"""What a study leaves behind: `results.json`, `figures/*.png` and `report.html`, which holds
-everything in one file: the answer first, then figures, tables, the verdicts, the setting.
+"""The output of a study: `results.json`, `figures/*.png` and `report.html`, one page with the
+answer, then figures, tables, verdicts and the setting.
 """
 
 import base64
@@ -50,7 +50,7 @@ def table(
 
 @dataclass(frozen=True)
 class Figure:
-    """`file` in OUT/figures, and what it shows."""
+    """A picture, `file` in OUT/figures, and its caption."""
 
     file: str
     caption: str
@@ -58,11 +58,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What a study says.
+    """The text of a report.
 
     Attributes:
         answer: three sentences.
-        numbers: further figures, for whoever reads `results.json`.
+        numbers: further figures for `results.json`.
     """
 
     title: str
@@ -121,7 +121,7 @@ def results(
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on besides the settings."""
+    """Processor and versions, which times and memory depend on besides the settings."""
     facts = {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "

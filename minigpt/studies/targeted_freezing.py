@@ -26,7 +26,6 @@ p moves by some points of its own: `fresh`); times taken in turn, besides the su
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any
@@ -34,16 +33,21 @@ from typing import Any
 from torch import Tensor, nn
 
 import peft_lite
-from minigpt.data.text import RandomWindows
 from minigpt.metrics.intervals import Estimate, difference, popular_share, popular_tokens, share
-from minigpt.models.config import positive
 from minigpt.models.gpt_neo import GPTNeo
-from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.options import option
-from minigpt.studies import decoders
 from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.counts import gpt_neo_125m
-from minigpt.studies.decoders import CARROLL, Rule, load_decoder, token_ids, train_only
+from minigpt.studies.decoders import (
+    CARROLL,
+    Rule,
+    Tuning,
+    load_decoder,
+    sample,
+    starts,
+    token_ids,
+    train_only,
+)
 from minigpt.studies.figures import (
     BOX,
     FROZEN,
@@ -57,11 +61,19 @@ from minigpt.studies.figures import (
     smooth,
 )
 from minigpt.studies.lab import Part, Result
+from minigpt.studies.paired import (
+    differences,
+    last_tenth,
+    middle_half,
+    over_seeds,
+    ratios,
+    successive_variance,
+)
 from minigpt.studies.report import Report, Table, table
-from minigpt.studies.training import Seconds, Step, at_least, in_turn, middle_half, ratios
-from minigpt.studies.words import name, over_seeds, percent, ran_on, shown, side
+from minigpt.studies.training import Seconds, in_turn
+from minigpt.studies.words import name, percent, ran_on, shown, side
 from minigpt.training.snapshot import fingerprint
-from minigpt.training.train import Row, TrainConfig
+from minigpt.training.train import Row
 
 TITLE = "Targeted freezing: query, key and value of the upper blocks"
 SOURCES = {"model": "EleutherAI/gpt-neo-125m", "text": "Moby-Dick (Gutenberg 2701)"}
@@ -80,7 +92,7 @@ NEAR = 0.05  # of what full training gained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Tuning):
     """Of `minigpt study targeted-freezing`."""
 
     model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
@@ -96,12 +108,6 @@ class Settings:
     tokens: int = option("tokens sampled after each start", 100)
     rounds: int = option("steps of each model whose time is taken, in turn", 15)
 
-    def training(self) -> TrainConfig:
-        return decoders.constant_rate(self.steps, self.lr, self.weight_decay)
-
-    def batches(self, ids: Tensor, seed: int) -> RandomWindows:
-        return RandomWindows(ids, self.sequence_length, self.batch_size, seed)
-
 
 # --- the runs -----------------------------------------------------------------------------------
 
@@ -112,14 +118,10 @@ def parts(settings: Settings) -> list[Part]:
     Raises:
         ValueError: the model is no decoder, the text is too short, or a setting makes no sense.
     """
-    positive(settings, "seeds", "batch_size", "sequence_length", "starts", "tokens", "popular")
-    at_least(settings, 2, "steps", "rounds")
-    settings.training()
-    decoder = load_decoder(settings.model, "cpu")
-    decoders.check_length(decoder, settings.sequence_length, settings.tokens)
+    decoder = settings.checked_decoder()
     ids = token_ids(decoder, settings.text)
     popular_tokens(ids.tolist(), settings.popular)
-    settings.batches(ids, 0)
+    settings.windows(ids, 0)
     runs = [
         Part(f"{arm}-{seed}", run, (settings, arm, seed))
         for seed in range(settings.seeds)
@@ -159,15 +161,12 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
     popular = popular_tokens(ids.tolist(), settings.popular)
 
     def p(seed: int) -> float:
-        prompts = decoders.starts(ids, settings.starts, seed)
-        return popular_share(
-            decoders.sample(decoder, prompts, settings.tokens, seed), popular
-        ).value
+        prompts = starts(ids, settings.starts, seed)
+        return popular_share(sample(decoder, prompts, settings.tokens, seed), popular).value
 
     before, fresh = p(seed), p(1000 * (seed + 1) + ARMS.index(arm))
     key: Any = model.get_submodule(f"blocks.{middle(model)}.attention.key")
-    batches, probe = settings.batches(ids, seed), WeightChange(key.weight)
-    rows = decoders.tune(folder, decoder, batches, settings.training(), [probe])
+    rows = settings.tune(folder, decoder, ids, seed, [WeightChange(key.weight)])
     counts = peft_lite.report(model)
     return {
         "start": start,
@@ -207,8 +206,7 @@ def times(folder: Path, settings: Settings) -> Result:
     for arm in ARMS:
         decoder = load_decoder(settings.model)
         train_only(decoder.model, rule(decoder.model, arm))
-        batches = settings.batches(token_ids(decoder, settings.text), 0)
-        sides[arm] = Step(decoder.model, language_model_loss, batches, settings.training())
+        sides[arm] = settings.step(decoder, token_ids(decoder, settings.text))
     return {"seconds": in_turn(sides, settings.rounds)}
 
 
@@ -240,17 +238,17 @@ class Measured:
 
     def gap(self, arm: str) -> Estimate:
         """Final loss less the full model's."""
-        pairs = zip(self.final[arm], self.final["full"], strict=True)
-        return over_seeds([loss - full for loss, full in pairs])
+        return over_seeds(differences(self.final[arm], self.final["full"]))
 
     def gain(self, arm: str) -> Estimate:
         """How far the loss fell."""
-        return over_seeds([a - b for a, b in zip(self.first, self.final[arm], strict=True)])
+        return over_seeds(differences(self.first, self.final[arm]))
 
     def inverse_distance(self) -> list[float]:
         """How far the inverse ends from full training, as a share of what that gained."""
-        losses = zip(self.first, self.final["full"], self.final["inverse"], strict=True)
-        return [abs((inverse - full) / (first - full)) for first, full, inverse in losses]
+        gained = differences(self.first, self.final["full"])
+        gap = differences(self.final["inverse"], self.final["full"])
+        return [abs(ratio) for ratio in ratios(gap, gained)]
 
     def same_before(self) -> bool:
         """Whether, of each seed, all models write the same before training."""
@@ -278,22 +276,19 @@ def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
     if len({run["start"] for arm in ARMS for run in runs[arm]}) > 1:
         raise ValueError("the models did not start from the same weights: nothing can be compared")
     seconds = results["time"]["seconds"]
-    pairs = [*zip(runs["frozen"], runs["full"], strict=True)]
+    moved = {arm: [fmean(run["weight_change"]) for run in runs[arm]] for arm in ARMS}
+    took = {arm: [run["seconds"] for run in runs[arm]] for arm in ARMS}
     return Measured(
         settings,
         runs,
         seconds,
         first=[run["loss"][0] for run in runs["full"]],
-        final={arm: [fmean(last_tenth(run["loss"])) for run in runs[arm]] for arm in ARMS},
-        norms=[fmean(a["weight_change"]) / fmean(b["weight_change"]) for a, b in pairs],
+        final={arm: [last_tenth(run["loss"]) for run in runs[arm]] for arm in ARMS},
+        norms=ratios(moved["frozen"], moved["full"]),
         # r = (T_full - T_frozen) / T_full
-        savings=[1 - ratio for ratio in ratios(seconds, "frozen", "full")],
-        run_savings=[1 - frozen["seconds"] / full["seconds"] for frozen, full in pairs],
+        savings=[1 - ratio for ratio in ratios(seconds["frozen"], seconds["full"])],
+        run_savings=[1 - ratio for ratio in ratios(took["frozen"], took["full"])],
     )
-
-
-def last_tenth(losses: Sequence[float]) -> Sequence[float]:
-    return losses[-max(1, len(losses) // 10) :]
 
 
 def report(m: Measured) -> Report:
@@ -313,13 +308,8 @@ def answer(m: Measured) -> list[str]:
     """Three sentences."""
     run = m.runs["frozen"][0]
     gap = m.gap("frozen")
-    further = side(
-        gap,
-        0,
-        "full training fell further",
-        "full training fell less far",
-        "which fell further is not decided",
-    )
+    undecided = "which fell further is not decided"
+    further = side(gap, "full training fell further", "full training fell less far", undecided)
     same = "give the same samples" if m.same_before() else "give different samples"
     before, fresh = m.range("before"), m.range("fresh")
     return [
@@ -417,7 +407,7 @@ def findings(m: Measured) -> list[Finding]:
 
 def tables(m: Measured) -> list[Table]:
     """Losses, costs and popular tokens."""
-    one = {arm: m.runs[arm][0] for arm in ARMS}
+    first = {arm: m.runs[arm][0] for arm in ARMS}
     early = max(2, m.settings.steps // 5)
 
     def mean(arm: str, figure: Callable[[Result], float]) -> Estimate:
@@ -435,7 +425,7 @@ def tables(m: Measured) -> list[Table]:
                     mean(arm, lambda run: variance(run["loss"][:early])), ".4f"
                 ),
                 "without trend": lambda arm: shown(
-                    mean(arm, lambda run: without_trend(run["loss"][:early])), ".4f"
+                    mean(arm, lambda run: successive_variance(run["loss"][:early])), ".4f"
                 ),
             },
             f"Final: mean of the last tenth of the batches. Early variance: of the losses of the "
@@ -447,9 +437,9 @@ def tables(m: Measured) -> list[Table]:
             "model",
             ARMS,
             {
-                "tensors": lambda arm: f"{one[arm]['tensors']}",
-                "parameters that train": lambda arm: f"{one[arm]['trainable']:,}",
-                "share": lambda arm: f"{100 * one[arm]['trainable'] / one[arm]['total']:.2f} %",
+                "tensors": lambda arm: f"{first[arm]['tensors']}",
+                "parameters that train": lambda arm: f"{first[arm]['trainable']:,}",
+                "share": lambda arm: f"{100 * first[arm]['trainable'] / first[arm]['total']:.2f} %",
                 "sum over a run": lambda arm: shown(mean(arm, lambda run: run["seconds"]), ".1f"),
                 "a step in turn, median": lambda arm: f"{median(m.seconds[arm]):.3f}",
             },
@@ -467,17 +457,12 @@ def tables(m: Measured) -> list[Table]:
                 ),
                 "fresh": lambda arm: percent(mean(arm, lambda run: run["fresh"]), ""),
             },
-            f"The text itself: {100 * one['full']['text']:.1f} %. Before and after: the same "
+            f"The text itself: {100 * first['full']['text']:.1f} %. Before and after: the same "
             "starts and random numbers for all models. Fresh: before training too, but with other "
             "starts and random numbers for each model, as in the write-up: how far p moves by "
             "chance.",
         ),
     ]
-
-
-def without_trend(losses: Sequence[float]) -> float:
-    """The variance about a slow trend: half the mean square of successive differences."""
-    return fmean((b - a) ** 2 for a, b in pairwise(losses)) / 2
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -514,8 +499,8 @@ def draw(m: Measured, figures: Figures) -> None:
     ) as axes:
         axes.axhline(0, color="black", linewidth=0.8)
         for arm in ("frozen", "inverse"):
-            pairs = zip(first[arm]["loss"], first["full"]["loss"], strict=True)
-            curve(axes, smooth([a - b for a, b in pairs], 5), STYLES[arm], LABELS[arm])
+            gaps = differences(first[arm]["loss"], first["full"]["loss"])
+            curve(axes, smooth(gaps, 5), STYLES[arm], LABELS[arm])
         axes.set(xlabel="batch", ylabel="loss - full's loss (nats a token)")
         axes.legend(fontsize="small")
 

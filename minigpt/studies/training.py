@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 from torch import nn
@@ -83,14 +82,3 @@ def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int 
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
-
-
-def ratios(seconds: Seconds, side: str, to: str) -> list[float]:
-    """The time of one side over that of another, one ratio a round."""
-    return [a / b for a, b in zip(seconds[side], seconds[to], strict=True)]
-
-
-def middle_half(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
-    low, _, high = quantiles(values, n=4)
-    return median(values), low, high

@@ -1,17 +1,10 @@
-"""Measured figures in words: means over seeds, percentages, sides of an alternative."""
+"""Measured figures in words: values with intervals, percentages, sides of an alternative."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt.metrics.intervals import Estimate, mean
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean over seeds; of one seed's value nothing is known about its spread."""
-    if len(values) == 1:
-        return Estimate(values[0], -math.inf, math.inf)
-    return mean(values)
+from minigpt.metrics.intervals import Estimate
 
 
 def shown(estimate: Estimate, form: str = ".3f", unit: str = "") -> str:
@@ -28,11 +21,11 @@ def percent(estimate: Estimate, unit: str = " %") -> str:
     return shown(scaled, ".1f", unit)
 
 
-def side(estimate: Estimate, of: float, above: str, below: str, neither: str) -> str:
-    """One of three wordings: the interval lies above, below, or around the alternative `of`."""
-    if estimate.low > of:
+def side(estimate: Estimate, above: str, below: str, neither: str, alternative: float = 0.0) -> str:
+    """One of three wordings: the interval lies above, below, or around the alternative."""
+    if estimate.low > alternative:
         return above
-    return below if estimate.high < of else neither
+    return below if estimate.high < alternative else neither
 
 
 def moves(change: Estimate, unit: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -21,8 +22,9 @@ from minigpt.studies import STUDIES, published, study
 from minigpt.studies.claims import CLAIMS, Finding, above, below, count
 from minigpt.studies.figures import FROZEN, FULL, Figures, line, smooth
 from minigpt.studies.lab import Lab, Part
+from minigpt.studies.paired import differences, middle_half, over_seeds, ratios
 from minigpt.studies.report import Report, table, write
-from minigpt.studies.training import in_turn, middle_half, ratios
+from minigpt.studies.training import in_turn
 from minigpt.training.train import TrainConfig
 
 
@@ -54,12 +56,12 @@ def test_what_parts_warn_of_is_said_once(tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_a_part_runs_once_and_in_a_process_of_its_own(tmp_path: Path) -> None:
     parts = [Part("a", own_process, (1,)), Part("b", own_process, (2,))]
-    found = Lab(tmp_path).run(parts)
-    assert found == {"a": {"value": 1}, "b": {"value": 2}}
+    results = Lab(tmp_path).run(parts)
+    assert results == {"a": {"value": 1}, "b": {"value": 2}}
     pids = [(tmp_path / "runs" / name / "trace").read_text() for name in "ab"]
     assert len({str(os.getpid()), *pids}) == 3
     assert not list(tmp_path.rglob("snapshots"))
-    assert Lab(tmp_path).run([Part("a", wrong), *parts[1:]]) == found
+    assert Lab(tmp_path).run([Part("a", wrong), *parts[1:]]) == results
     assert (tmp_path / "runs" / "b" / "trace").read_text() == pids[1]
 
 
@@ -215,6 +217,15 @@ def test_times_are_taken_in_turn() -> None:
     times = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=1)
     assert calls == ["a", "b"] * 4
     assert {len(seconds) for seconds in times.values()} == {3}
-    halves = ratios({"a": [1, 2, 4, 4], "b": [2, 2, 2, 2]}, "a", "b")
-    assert halves == [0.5, 1, 2, 2]
-    assert middle_half(halves) == (1.5, 0.625, 2)
+
+
+def test_figures_are_paired() -> None:
+    assert differences([1, 2, 4], [2, 2, 2]) == [-1, 0, 2]
+    assert ratios([1, 2, 4], [2, 2, 2]) == [0.5, 1, 2]
+    assert middle_half([0.5, 1, 2, 2]) == (1.5, 0.625, 2)
+    for paired in (differences, ratios):
+        with pytest.raises(ValueError, match="zip"):
+            paired([1, 2], [1])
+    assert over_seeds([3.0]) == Estimate(3.0, -math.inf, math.inf)
+    assert over_seeds([1.0, 3.0]).value == 2
+    assert over_seeds([1.0, 3.0]).high == pytest.approx(2 + 12.70620)

@@ -118,7 +118,7 @@ class Loop:
             return t / w if t < w else (length - t) / (length - w)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        self.found: dict[str, list[float]] = {
+        self.rows: dict[str, list[float]] = {
             key: [] for key in ("loss", "accuracy", "norm", "mlp", "classifier", "lr", "lost")
         }
         rows = balanced(read_rows(str(folder / "data"), None, None, 0)[1], 8, 0)
@@ -147,7 +147,7 @@ class Loop:
                 "lost": norm - self.norm(trained),
             }
             for key, value in row.items():
-                self.found[key].append(value)
+                self.rows[key].append(value)
             optimizer.step()
             schedule.step()
             if t in (4, 9, 14, 19):  # after every fifth update
@@ -174,17 +174,17 @@ def test_each_arm_is_a_plain_loop(arm: str, finished: Path, folder: Path) -> Non
         *(("loss", "loss"), ("accuracy", "accuracy"), ("norm", "gradient_norm")),
         *(("mlp", "gradient_norm.mlp"), ("classifier", "gradient_norm.classifier")),
     ):
-        assert steps[name] == pytest.approx(loop.found[key], rel=2e-3, abs=1e-5), name
+        assert steps[name] == pytest.approx(loop.rows[key], rel=2e-3, abs=1e-5), name
     settings = Settings(steps=STEPS, lr=RATE, max_norm=CLIP, clip_from=DELAY)
     config = settings.training(arm)
-    assert [config.rate(t) for t in range(STEPS)] == pytest.approx(loop.found["lr"])
+    assert [config.rate(t) for t in range(STEPS)] == pytest.approx(loop.rows["lr"])
     assert lost(steps["gradient_norm"], config) == pytest.approx(
-        loop.found["lost"], rel=2e-3, abs=1e-5
+        loop.rows["lost"], rel=2e-3, abs=1e-5
     )
     assert part["right"] == loop.right(loop.test)
     assert part["tests"]["test_accuracy"] == loop.accuracies
     if arm in ("clipping", "delayed"):
-        assert max(loop.found["lost"]) > 0.1  # there was something to clip
+        assert max(loop.rows["lost"]) > 0.1  # there was something to clip
 
 
 def test_all_arms_begin_alike_on_the_same_batch(finished: Path) -> None:
@@ -281,7 +281,7 @@ def test_lost_information_by_hand() -> None:
 
 def invented(seeds: int, **changes: Sequence[Any]) -> dict[str, Any]:
     """Results of every part: 200 reviews, 20 steps."""
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "unread": {
             **{"rows": 200, "train_rows": 300, "bag_of_words": 150, "majority": 100},
             **{"first_negative": 16, "first_positive": 0},
@@ -297,7 +297,7 @@ def invented(seeds: int, **changes: Sequence[Any]) -> dict[str, Any]:
                 spread = changes.get("spread", [spread] * seeds)[seed]
                 mlp = changes.get("mlp", [mlp] * seeds)[seed]
                 classifier = changes.get("classifier", [classifier] * seeds)[seed]
-            found[f"{arm}-{seed}"] = {
+            results[f"{arm}-{seed}"] = {
                 **{"trainable": 10, "total": 20, "layer": 3, "loss": 0.4, "right": right},
                 **{"first_accuracy": 0.75, "seconds": 1.0, "memory_bytes": 1},
                 "steps": {
@@ -311,7 +311,7 @@ def invented(seeds: int, **changes: Sequence[Any]) -> dict[str, Any]:
                     name: [0.5, 0.6] for name in ("test_loss", "test_accuracy", "first_accuracy")
                 },
             }
-    return found
+    return results
 
 
 def told(seeds: int, **changes: Sequence[Any]) -> Measured:
@@ -394,11 +394,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         patch.setattr(training, "progress_bar", stopping(7))
         with pytest.raises(Interrupted, match="after step 7 of 20"):
             run(parted, settings, "delayed", 1)
-    found = run(parted, settings, "delayed", 1)
+    resumed = run(parted, settings, "delayed", 1)
     for timed in ("seconds", "memory_bytes"):
-        assert found.pop(timed) != expected.pop(timed)
-    assert found == expected
-    assert len(found["tests"]["test_loss"]) == STEPS // 5
+        assert resumed.pop(timed) != expected.pop(timed)
+    assert resumed == expected
+    assert len(resumed["tests"]["test_loss"]) == STEPS // 5
 
 
 def one_class(data: Path) -> None:

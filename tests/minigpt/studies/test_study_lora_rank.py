@@ -101,8 +101,8 @@ def test_counts_are_those_of_the_formulas(finished: Path) -> None:
     assert list(parts) == PARTS
     for part in parts.values():
         for r in RANKS:  # query, key, value, output; up, down
-            own = L * (4 * r * (D + D) + 2 * r * (D + 4 * D))
-            assert part["trainable"][str(r)] == own
+            trainable = L * (4 * r * (D + D) + 2 * r * (D + 4 * D))
+            assert part["trainable"][str(r)] == trainable
         assert part["trainable"]["full"] > 280 * D
 
 
@@ -143,9 +143,9 @@ def test_the_loss_before_is_that_of_the_model(base: Path, finished: Path) -> Non
 
 
 def test_each_claim_of_the_write_up_has_a_finding_and_a_page(finished: Path) -> None:
-    found = {row["claim"]: row["verdict"] for row in results(finished)["findings"]}
-    assert found.keys() == {name for name, c in CLAIMS.items() if c.study == "lora-rank"}
-    assert found == {"rank.count": "holds", "rank.plateau": "undecided"}  # two seeds
+    verdicts = {row["claim"]: row["verdict"] for row in results(finished)["findings"]}
+    assert verdicts.keys() == {name for name, c in CLAIMS.items() if c.study == "lora-rank"}
+    assert verdicts == {"rank.count": "holds", "rank.plateau": "undecided"}  # two seeds
     assert len(results(finished)["answer"]) == 3
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png") == 2
@@ -174,17 +174,17 @@ def test_parts_can_be_sent_to_a_process(base: Path) -> None:
 def test_an_interrupted_part_goes_on_to_the_same_result(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = settings(base, steps=4)
-    expected = lora_rank.run(tmp_path / "whole", own, Fraction(1, 4), 1)
+    chosen = settings(base, steps=4)
+    expected = lora_rank.run(tmp_path / "whole", chosen, Fraction(1, 4), 1)
 
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch:
         patch.setattr(training, "progress_bar", stopping(2, "rank 4,"))
         with pytest.raises(Interrupted):
-            lora_rank.run(cut, own, Fraction(1, 4), 1)
+            lora_rank.run(cut, chosen, Fraction(1, 4), 1)
     assert len((cut / "4" / "metrics.jsonl").read_text().splitlines()) == 2
     assert not (cut / "8").exists()
-    assert lora_rank.run(cut, own, Fraction(1, 4), 1) == expected
+    assert lora_rank.run(cut, chosen, Fraction(1, 4), 1) == expected
 
 
 def size(means: Sequence[float], before: float = 4.0, noise: float = 1e-3, seeds: int = 5) -> Size:
@@ -200,10 +200,10 @@ def size(means: Sequence[float], before: float = 4.0, noise: float = 1e-3, seeds
 
 
 def test_where_a_plateau_begins() -> None:
-    found = size([3.6, 3.3, 3.1, 3.0, 3.0, 3.0, 3.0])
-    assert found.plateau == found.flat_from() == 8
-    assert found.reaches_plateau() == "holds"
-    assert found.gain == pytest.approx(1.0, abs=0.01)
+    flat = size([3.6, 3.3, 3.1, 3.0, 3.0, 3.0, 3.0])
+    assert flat.plateau == flat.flat_from() == 8
+    assert flat.reaches_plateau() == "holds"
+    assert flat.gain == pytest.approx(1.0, abs=0.01)
     near = size([3.6, 3.3, 3.1, 3.04, 3.0, 3.0, 3.0])  # clearly above the best, and within 5 %
     assert (near.plateau, near.flat_from()) == (16, 8)
 
@@ -240,10 +240,10 @@ def test_results_are_paired_by_seed() -> None:
         for share in SHARES
         for seed in range(3)
     }
-    found = measure(lora_rank.Settings(seeds=3), parts).sizes[SHARES[0]]
-    assert found.best == 64
-    assert found.above(1, 64).value == pytest.approx(1 - 1 / 64)
-    assert found.above(1, 64).high == pytest.approx(1 - 1 / 64)  # seeds differ alike
+    first = measure(lora_rank.Settings(seeds=3), parts).sizes[SHARES[0]]
+    assert first.best == 64
+    assert first.above(1, 64).value == pytest.approx(1 - 1 / 64)
+    assert first.above(1, 64).high == pytest.approx(1 - 1 / 64)  # seeds differ alike
 
 
 def test_lora_is_counted_on_the_layer_itself() -> None:

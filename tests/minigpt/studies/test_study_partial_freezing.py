@@ -73,19 +73,19 @@ def parts(out: Path) -> dict[str, Any]:
 
 
 def test_what_trains_what_stays_and_what_is_left_behind(finished: Path) -> None:
-    found = parts(finished)
+    results = parts(finished)
     for arm, count in TRAIN.items():
-        one = found[f"{arm}-text-0"]
-        assert (one["trainable"], one["total"]) == (count, TRAIN["full"])
-        assert one["frozen_to_the_bit"]
-        assert one["frozen_moved"] == (None if arm == "full" else 0.0)
-        assert one["trained_moved"] > 0
-        assert found[f"memory-{arm}-0"]["optimizer"] == 8 * count  # two float32 numbers each
-        assert found[f"memory-{arm}-0"]["peak"] > 0
-        assert set(one["before"]["loss"]) == {"text", "text2", "pretraining"}
-        assert one["before"] == found["full-text2-0"]["before"]  # one start, one measure
-        assert one["after"]["loss"]["text"] < one["before"]["loss"]["text"]
-    assert found["inference"]["same_tensors"]
+        run = results[f"{arm}-text-0"]
+        assert (run["trainable"], run["total"]) == (count, TRAIN["full"])
+        assert run["frozen_to_the_bit"]
+        assert run["frozen_moved"] == (None if arm == "full" else 0.0)
+        assert run["trained_moved"] > 0
+        assert results[f"memory-{arm}-0"]["optimizer"] == 8 * count  # two float32 numbers each
+        assert results[f"memory-{arm}-0"]["peak"] > 0
+        assert set(run["before"]["loss"]) == {"text", "text2", "pretraining"}
+        assert run["before"] == results["full-text2-0"]["before"]  # one start, one measure
+        assert run["after"]["loss"]["text"] < run["before"]["loss"]["text"]
+    assert results["inference"]["same_tensors"]
     verdicts = json.loads((finished / "summary.json").read_text())
     expected = {"count": "fails", "literal": "fails", "optimizer": "holds", "frozen": "holds",
                 "forgetting": "undecided"}  # fmt: skip
@@ -135,9 +135,9 @@ def test_the_models_own_writing_is_the_same_each_time_and_likely_to_it(folder: P
 
 def test_a_given_pretraining_text_is_measured_on(folder: Path, tmp_path: Path) -> None:
     chosen = settings(folder, pretraining_text=str(folder / "other.txt"))
-    found = study.run(tmp_path, chosen, "intended", "text", 0)
+    result = study.run(tmp_path, chosen, "intended", "text", 0)
     for when in ("before", "after"):
-        assert found[when]["loss"]["pretraining"] == found[when]["loss"]["text2"]
+        assert result[when]["loss"]["pretraining"] == result[when]["loss"]["text2"]
 
 
 def test_an_interrupted_part_goes_on_to_the_same_end(
@@ -169,8 +169,8 @@ def leaves(tree: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict | list):
         return {name: tree}
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    found = [leaves(part, f"{name}.{key}" if name else str(key)) for key, part in inner]
-    return {path: value for one in found for path, value in one.items()}
+    branches = [leaves(part, f"{name}.{key}" if name else str(key)) for key, part in inner]
+    return {path: value for branch in branches for path, value in branch.items()}
 
 
 @torch.no_grad()
@@ -179,22 +179,22 @@ def test_losses_and_shares_before_are_those_of_transformers(folder: Path, finish
     hf: Any = transformers.GPTNeoForCausalLM.from_pretrained(folder / "decoder").eval()
     tokenizer = minigpt.Tokenizer.load(folder / "decoder")
     texts = parts(finished)["full-text-0"]["texts"]
-    for own, file in (("text", "text.txt"), ("text2", "other.txt")):
+    for text, file in (("text", "text.txt"), ("text2", "other.txt")):
         ids = tokenizer.encode((folder / file).read_text())
         rows = torch.tensor(ids[: 16 * LENGTH + 1])
         x, y = rows[:-1].view(16, LENGTH), rows[1:].view(16, LENGTH)
         log_p = hf(x).logits.log_softmax(-1)
         expected = -log_p.gather(-1, y[..., None]).mean().item()
-        assert before[own] == pytest.approx(expected, rel=1e-4)
+        assert before[text] == pytest.approx(expected, rel=1e-4)
         # by hand: the 9 most frequent tokens that are longer than two characters
         seen = list(dict.fromkeys(ids))
         long = [token for token in seen if len(tokenizer.decode([token])) > 2]
         top = sorted(long, key=lambda token: -ids.count(token))[:9]
-        assert texts[own][own] == pytest.approx(sum(i in top for i in ids) / len(ids))
+        assert texts[text][text] == pytest.approx(sum(i in top for i in ids) / len(ids))
 
 
 def invented(
-    forgets: float = 0.5, own: float = 0.1, memory: float = 0.73, step: float = 0.9,
+    forgets: float = 0.5, own_set: float = 0.1, memory: float = 0.73, step: float = 0.9,
     writes: float = 1.0, moved: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Results of five seeds; full tuning raises the pretraining loss by 1."""
@@ -213,7 +213,7 @@ def invented(
                     "loss": [4.0, 3.0],
                     "seconds": 2.0,
                     "before": _measures(text, other, 0.3, 0.3, 4.0),
-                    "after": _measures(text, other, 0.3 + own + noise, 0.3, 4.0 + rise),
+                    "after": _measures(text, other, 0.3 + own_set + noise, 0.3, 4.0 + rise),
                     "texts": {t: {"text": 0.5, "text2": 0.4} for t in study.TEXTS},
                     "frozen_to_the_bit": moved == 0,
                     "frozen_moved": None if arm == "full" else moved,
@@ -232,9 +232,11 @@ def invented(
     return results
 
 
-def _measures(text: str, other: str, own: float, others: float, loss: float) -> dict[str, Any]:
+def _measures(
+    text: str, other: str, own_share: float, other_share: float, loss: float
+) -> dict[str, Any]:
     losses = {"text": 4.0, "text2": 4.0, "pretraining": loss}
-    return {"popular": {text: own, other: others}, "loss": losses}
+    return {"popular": {text: own_share, other: other_share}, "loss": losses}
 
 
 VERDICTS = {
@@ -245,7 +247,8 @@ VERDICTS = {
         ("27.", "less is forgotten", "of its own text more"),
     ),
     "the other way round": (
-        {"forgets": -0.5, "own": -0.1, "memory": 1.2, "step": 1.2, "writes": 1.2, "moved": 1e-9},
+        {"forgets": -0.5, "own_set": -0.1, "memory": 1.2, "step": 1.2, "writes": 1.2,
+         "moved": 1e-9},
         {"memory": "fails", "time": "fails", "forgetting": "fails", "inference": "fails",
          "frozen": "fails", "own-set": "fails"},
         ("frozen tensors moved", "more is forgotten", "of its own text less"),
@@ -262,18 +265,18 @@ def test_verdicts_follow_the_numbers(
     folder: Path,
 ) -> None:
     chosen = settings(folder, seeds=5, rounds=6)
-    found = study.report(study.measure(chosen, invented(**change)))
-    verdicts = {finding.claim: finding.verdict for finding in found.findings}
+    report = study.report(study.measure(chosen, invented(**change)))
+    verdicts = {finding.claim: finding.verdict for finding in report.findings}
     for claim, verdict in expected.items():
         assert verdicts[f"partial.{claim}"] == verdict, claim
     assert len(verdicts) == 9
-    for sentence, word in zip(found.answer, words, strict=True):
+    for sentence, word in zip(report.answer, words, strict=True):
         assert word in sentence
     less = change.get("forgets", 0.5) - fmean(0.001 * seed for seed in range(5))
-    assert found.numbers["less_forgotten"] == pytest.approx(
+    assert report.numbers["less_forgotten"] == pytest.approx(
         [change.get("forgets", 0.5) - 0.001 * seed for seed in range(5)]
     )
-    assert f"{less:.3f}" in found.answer[1]
+    assert f"{less:.3f}" in report.answer[1]
 
 
 def test_the_published_settings() -> None:

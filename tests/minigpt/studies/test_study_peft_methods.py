@@ -56,8 +56,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for more in ("really", "so", "very")
         for word in ("good", "bad", "fine", "dull")
     ]
-    for part, own in (("train", rows[:24]), ("test", rows[24:])):
-        lines = "".join(json.dumps(row) + "\n" for row in own)
+    for part, chosen in (("train", rows[:24]), ("test", rows[24:])):
+        lines = "".join(json.dumps(row) + "\n" for row in chosen)
         (folder / f"{part}.jsonl").write_text(lines)
     tokenizer = minigpt.Tokenizer.train_word_piece([row["text"] for row in rows], 60)
     torch.manual_seed(0)
@@ -110,11 +110,11 @@ def parts_of(out: Path) -> dict[str, Any]:
 def test_counts_are_those_of_the_formulas(base: Path, finished: Path) -> None:
     vocabulary = json.loads((base / "model" / "config.json").read_text())["vocab_size"]
     parts = parts_of(finished)
-    whole = embeddings(vocabulary) + L * BLOCK + NEW
-    assert parts["cost-full"]["trainable"] == parts["cost-full"]["total"] == whole
-    for method, own in TRAINS.items():
-        assert parts[f"cost-{method}"]["trainable"] == own + NEW, method
-        stored = 4 * (own + NEW)  # float32, and the header of the file
+    total = embeddings(vocabulary) + L * BLOCK + NEW
+    assert parts["cost-full"]["trainable"] == parts["cost-full"]["total"] == total
+    for method, trains in TRAINS.items():
+        assert parts[f"cost-{method}"]["trainable"] == trains + NEW, method
+        stored = 4 * (trains + NEW)  # float32, and the header of the file
         assert stored < parts[f"cost-{method}"]["file_bytes"] < stored + 12_000, method
         assert parts[f"cost-{method}"]["memory_peak_bytes"] > 10**6
 
@@ -148,10 +148,10 @@ def test_accuracy_is_that_of_the_probabilities(base: Path, finished: Path) -> No
 
 def test_each_claim_of_the_write_up_has_a_finding_and_a_page(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    found = {row["claim"]: row["verdict"] for row in results["findings"]}
-    assert found.keys() == {name for name, c in CLAIMS.items() if c.study == "peft-methods"}
-    assert found.pop("methods.lora-count") == "holds"
-    assert set(found.values()) == {"undecided"}  # three seeds, two rounds
+    verdicts = {row["claim"]: row["verdict"] for row in results["findings"]}
+    assert verdicts.keys() == {name for name, c in CLAIMS.items() if c.study == "peft-methods"}
+    assert verdicts.pop("methods.lora-count") == "holds"
+    assert set(verdicts.values()) == {"undecided"}  # three seeds, two rounds
     assert len(results["answer"]) == 3
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png") == 4
@@ -182,17 +182,17 @@ def test_an_interrupted_part_goes_on_to_the_same_result(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    own = settings(base, steps=5)
-    expected = peft_methods.quality(whole, own, "lora", 1)
+    chosen = settings(base, steps=5)
+    expected = peft_methods.quality(whole, chosen, "lora", 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "progress_bar", stopping(2))
         with pytest.raises(Interrupted):
-            peft_methods.quality(cut, own, "lora", 1)
+            peft_methods.quality(cut, chosen, "lora", 1)
     assert len((cut / "metrics.jsonl").read_text().splitlines()) == 2
-    assert peft_methods.quality(cut, own, "lora", 1) == expected
+    assert peft_methods.quality(cut, chosen, "lora", 1) == expected
     rows = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, cut)]
-    losses = [[json.loads(line)["loss"] for line in own] for own in rows]
+    losses = [[json.loads(line)["loss"] for line in chosen] for chosen in rows]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 5
 
@@ -228,8 +228,8 @@ def invented(
 
 
 def verdicts(results: dict[str, Any]) -> dict[str, str]:
-    found = findings(measured(results))
-    return {finding.claim.removeprefix("methods."): finding.verdict for finding in found}
+    report = findings(measured(results))
+    return {finding.claim.removeprefix("methods."): finding.verdict for finding in report}
 
 
 def measured(results: dict[str, Any]) -> Measured:
@@ -241,7 +241,7 @@ DECADES = {method: math.log10(size) for method, size in SIZES.items()}
 
 
 def test_verdicts_where_all_claims_hold() -> None:
-    found = verdicts(
+    by_claim = verdicts(
         invented(
             times=SIZES,
             right={m: round(50 + 4 * d) for m, d in DECADES.items()},
@@ -249,11 +249,11 @@ def test_verdicts_where_all_claims_hold() -> None:
             spread={m: 0.01 * d for m, d in DECADES.items()},
         ),
     )
-    assert set(found.values()) == {"holds"}
+    assert set(by_claim.values()) == {"holds"}
 
 
 def test_verdicts_where_all_claims_but_the_count_fail() -> None:
-    found = verdicts(
+    by_claim = verdicts(
         invented(
             times={**dict.fromkeys(METHODS, 2.0), "full": 1.0},
             right={m: 70 - 3 * (m == "full") for m in METHODS},
@@ -261,8 +261,8 @@ def test_verdicts_where_all_claims_but_the_count_fail() -> None:
             spread={m: 0.2 - 0.015 * d for m, d in DECADES.items()},
         ),
     )
-    assert found.pop("lora-count") == "holds"
-    assert set(found.values()) == {"fails"}
+    assert by_claim.pop("lora-count") == "holds"
+    assert set(by_claim.values()) == {"fails"}
 
 
 def test_one_clearly_better_method_is_enough_and_none_decides_nothing() -> None:
@@ -275,15 +275,15 @@ def test_one_clearly_better_method_is_enough_and_none_decides_nothing() -> None:
 
 def test_variances_and_slopes_are_those_of_numpy() -> None:
     given = np.random.default_rng(0).uniform(size=(4, 30))
-    found = variances(given.tolist())
-    assert np.mean(found) == pytest.approx(given.var(axis=0, ddof=1).mean())
+    jackknife = variances(given.tolist())
+    assert np.mean(jackknife) == pytest.approx(given.var(axis=0, ddof=1).mean())
     left = np.delete(given, 2, axis=0).var(axis=0, ddof=1).mean()
-    assert found[2] == pytest.approx(4 * np.mean(found) - 3 * left)
+    assert jackknife[2] == pytest.approx(4 * np.mean(jackknife) - 3 * left)
     results = invented(SIZES, fit={m: 0.1 * d**2 for m, d in DECADES.items()})
-    one = measured(results).fit()
+    slope = measured(results).fit()
     x = list(DECADES.values())
-    assert one.value == pytest.approx(np.polyfit(x, 0.1 * np.square(x), 1)[0])
-    assert one.low == pytest.approx(one.value) == one.high  # the seeds differ by a constant
+    assert slope.value == pytest.approx(np.polyfit(x, 0.1 * np.square(x), 1)[0])
+    assert slope.low == pytest.approx(slope.value) == slope.high  # the seeds differ by a constant
 
 
 @pytest.mark.parametrize(

@@ -59,18 +59,18 @@ def settings(folder: Path, **more: Any) -> study.Settings:
 
 
 def test_what_trains_and_what_is_left_behind(finished: Path) -> None:
-    found = parts(finished)
+    results = parts(finished)
     targeted = 2 * 3 * D**2  # two blocks of four
-    counts = {arm: found[f"{arm}-0"] for arm in study.ARMS}
-    assert {arm: c["trainable"] for arm, c in counts.items()} == {
+    runs = {arm: results[f"{arm}-0"] for arm in study.ARMS}
+    assert {arm: c["trainable"] for arm, c in runs.items()} == {
         "full": TOTAL, "frozen": targeted, "inverse": TOTAL - targeted,
     }  # fmt: skip
-    assert counts["frozen"]["tensors"] == 6
-    assert len({c["start"] for c in counts.values()}) == 1
-    assert len({c["loss"][0] for c in counts.values()}) == 1
-    assert len({c["before"] for c in counts.values()}) == 1
-    assert len({c["loss"][-1] for c in counts.values()}) == 3
-    assert set(counts["inverse"]["weight_change"]) == {0.0}
+    assert runs["frozen"]["tensors"] == 6
+    assert len({c["start"] for c in runs.values()}) == 1
+    assert len({c["loss"][0] for c in runs.values()}) == 1
+    assert len({c["before"] for c in runs.values()}) == 1
+    assert len({c["loss"][-1] for c in runs.values()}) == 3
+    assert set(runs["inverse"]["weight_change"]) == {0.0}
     assert sorted(p.name for p in (finished / "figures").iterdir()) == [
         "inverse.png", "losses.png", "popular.png", "times.png", "weight_change.png",
     ]  # fmt: skip
@@ -111,9 +111,9 @@ def test_losses_and_weight_changes_are_those_of_transformers(
         optimizer.zero_grad()
         losses.append(loss.item())
         changes.append((key.detach() - old).square().sum().sqrt().item())
-    found = study.run(tmp_path, settings(folder), arm, 3)
-    assert found["loss"] == pytest.approx(losses, rel=2e-4)
-    assert found["weight_change"] == pytest.approx(changes, rel=5e-3)
+    result = study.run(tmp_path, settings(folder), arm, 3)
+    assert result["loss"] == pytest.approx(losses, rel=2e-4)
+    assert result["weight_change"] == pytest.approx(changes, rel=5e-3)
 
 
 def test_an_interrupted_part_goes_on_to_the_same_end(
@@ -150,8 +150,8 @@ def test_what_is_missing_of_a_study_is_run_again(
     assert main(["study", "targeted-freezing", "--out", str(out), "--resume"]) == 0
     assert (out / "runs/full-0/result.json").stat().st_mtime_ns == kept
     before, after = parts(finished), parts(out)
-    for found in (before, after):
-        del found["inverse-0"]["seconds"]
+    for results in (before, after):
+        del results["inverse-0"]["seconds"]
     assert before == after
 
 
@@ -214,14 +214,14 @@ def test_verdicts_follow_the_numbers(
 ) -> None:
     results = invented(**change)
     results["time"]["seconds"]["frozen"][-1] *= 1.001  # some spread
-    found = study.report(study.measure(settings(folder, seeds=5), results))
-    verdicts = {finding.claim: finding.verdict for finding in found.findings}
+    report = study.report(study.measure(settings(folder, seeds=5), results))
+    verdicts = {finding.claim: finding.verdict for finding in report.findings}
     for claim, verdict in expected.items():
         assert verdicts[f"freezing.{claim}"] == verdict, claim
     assert len(verdicts) == 8
     further = "less far" if expected.get("loss") == "fails" else "further"
-    assert f"full training fell {further}" in found.answer[0]
-    assert len(found.answer) == 3
+    assert f"full training fell {further}" in report.answer[0]
+    assert len(report.answer) == 3
 
 
 def test_models_from_different_starts_are_not_compared(folder: Path) -> None:
