@@ -7,7 +7,7 @@ A study is a module that reads from top to bottom:
     Settings                      its settings
     PUBLISHED, SOURCES            those of the write-up, and its model and texts, to be given
     parts(settings)               what is run, each part in a process of its own
-    measure(settings, results)    the figures that the claims are about
+    measure(settings, results)    the measured quantities behind the claims
     report(measured)              the answer, tables and verdicts
     draw(measured, figures)       the figures
 """

@@ -152,11 +152,11 @@ class Settings:
         )
 
 
-# --- the runs -----------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
 def parts(settings: Settings) -> list[Part]:
-    """What can be told without reading, then every arm with every seed."""
+    """The baselines that read nothing, then every arm with every seed."""
     positive(settings, "seeds", "batch_size", "evaluate_every")
     for arm in ARMS:
         settings.training(arm)
@@ -175,8 +175,8 @@ def parts(settings: Settings) -> list[Part]:
 
 
 def unread(folder: Path, settings: Settings) -> Result:
-    """How many reviews are told right by counting words, and by always giving the more frequent
-    answer; and the labels of the first batch.
+    """How many reviews a bag of words gets right, and how many the more frequent label alone; the
+    labels of the first batch.
     """
     train_rows, test_rows = heldout_rows(settings)
     bag = bag_of_words.accuracy(train_rows, test_rows)
@@ -258,7 +258,7 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
 
 
 def measured_batches(encoder: Encoder, settings: Settings, rows: Rows) -> list[Batch]:
-    """Batches of rows that nothing is learned from."""
+    """Batches to evaluate on."""
     examples = encode(rows, encoder.tokenizer, settings.sequence_length)
     return list(consecutive_examples(examples, EVALUATED, encoder.pad))
 
@@ -330,16 +330,16 @@ class GradientNorms:
         return {}
 
 
-# --- what they say ------------------------------------------------------------------------------
+# --- measurements and claims --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All runs, and the figures that the claims are about.
+    """All runs, and the measured quantities behind the claims.
 
     Attributes:
         arms: arm -> its runs, one a seed.
-        unread: what can be told without reading.
+        unread: results of the baselines that read nothing.
     """
 
     settings: Settings

@@ -89,7 +89,7 @@ def train_only(model: GPTNeo, rule: Rule) -> int:
 
 
 class Tuning:
-    """How the settings of 000 and 001 train a decoder; a part of both."""
+    """The settings that 000 and 001 share, and the training they describe."""
 
     model: str
     seeds: int
@@ -104,11 +104,11 @@ class Tuning:
     rounds: int
 
     def checked_decoder(self) -> Decoder:
-        """The model, once the settings make sense for it.
+        """The model, on the CPU, after a check of the settings.
 
         Raises:
-            ValueError: they do not; it is no decoder, or has too few positions for a window, or for
-                the tokens sampled after a start token.
+            ValueError: a setting is out of its range, or the model is no decoder or has too few
+                positions for a window, or for the tokens sampled after a start token.
         """
         positive(self, "seeds", "batch_size", "sequence_length", "starts", "tokens", "popular")
         at_least(self, 2, "steps", "rounds")

@@ -95,7 +95,7 @@ class Settings:
         )
 
 
-# --- the runs -----------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -168,7 +168,7 @@ def run(folder: Path, settings: Settings, share: Fraction, seed: int) -> Result:
     }
 
 
-# --- what they say ------------------------------------------------------------------------------
+# --- measurements and claims --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was learned from each share of the text."""
+    """The losses for each share of the text."""
 
     settings: Settings
     sizes: Mapping[Fraction, Size]

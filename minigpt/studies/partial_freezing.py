@@ -131,7 +131,7 @@ class Settings(Tuning):
         return name(self.pretraining_text)
 
 
-# --- the runs -----------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -197,7 +197,7 @@ def pretraining_windows(
 
 def run(folder: Path, settings: Settings, arm: str, text: str, seed: int) -> Result:
     """One model tuned on one text: losses on all texts and popular tokens of both, before and
-    after; and what moved.
+    after; and how far tensors moved.
     """
     decoder = load_decoder(settings.model)
     model = decoder.model
@@ -234,8 +234,8 @@ def run(folder: Path, settings: Settings, arm: str, text: str, seed: int) -> Res
 
 
 def moved(decoder: Decoder, source: str) -> Result:
-    """How far tensors lie from where they started: the most of the frozen, the least of the
-    trained ones; None where there are none.
+    """Distance of the tensors from where they started: the largest of the frozen ones (None if
+    none is frozen), the least of the trained ones.
     """
     start = dict(load_decoder(source).model.named_parameters())
     distance = {
@@ -251,8 +251,8 @@ def moved(decoder: Decoder, source: str) -> Result:
 
 
 def peak_memory(folder: Path, settings: Settings, arm: str) -> Result:
-    """Bytes: what a few steps take above what the process held before the model, and the state of
-    the optimizer.
+    """Bytes: the peak of a few steps above the memory of the process before the model, and the
+    state of the optimizer.
     """
     if torch.cuda.is_available():
         torch.cuda.init()  # from here on the GPU's bytes are counted
@@ -273,7 +273,7 @@ def step_times(folder: Path, settings: Settings) -> Result:
 
 def inference(folder: Path, settings: Settings) -> Result:
     """Seconds of sampling from the untouched model and from a tuned one, in turn.  A few updates
-    make it: what a model is made of does not depend on how many.
+    are enough: the tensors of a model do not depend on their number.
     """
     untouched, tuned = (load_decoder(settings.model) for _ in range(2))
     step = stepper(tuned, settings, "intended")
@@ -297,12 +297,14 @@ def stepper(decoder: Decoder, settings: Settings, arm: str) -> Step:
     return settings.step(decoder, token_ids(decoder, settings.text))
 
 
-# --- what they say ------------------------------------------------------------------------------
+# --- measurements and claims --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The parts' results, and the figures that the claims are about: one a seed, or one a round."""
+    """The parts' results, and the measured quantities behind the claims: a list has a value for
+    each seed, or for each round.
+    """
 
     settings: Settings
     parts: Mapping[str, Result]

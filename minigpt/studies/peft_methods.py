@@ -141,7 +141,7 @@ class Settings:
         return load_encoder(self.model, self.data, self.sequence_length, *rows, seed)
 
 
-# --- the runs -----------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -231,7 +231,7 @@ def first_batch_again(settings: Settings, encoder: Encoder, model: Bert) -> Step
     return Step(model, classification_loss, lambda i: batch, TrainConfig(steps=1, lr=1e-6))
 
 
-# --- what they say ------------------------------------------------------------------------------
+# --- measurements and claims --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Measured:
-    """The outcomes of all methods, and the figures that the claims are about."""
+    """The outcomes of all methods, and the measured quantities behind the claims."""
 
     settings: Settings
     outcomes: Mapping[str, Outcome]

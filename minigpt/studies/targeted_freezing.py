@@ -109,7 +109,7 @@ class Settings(Tuning):
     rounds: int = option("steps of each model whose time is taken, in turn", 15)
 
 
-# --- the runs -----------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -210,12 +210,12 @@ def times(folder: Path, settings: Settings) -> Result:
     return {"seconds": in_turn(sides, settings.rounds)}
 
 
-# --- what they say ------------------------------------------------------------------------------
+# --- measurements and claims --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures that the claims are about; lists have one value a seed, or one a round.
+    """The measured quantities behind the claims; a list has a value for each seed, or each round.
 
     Attributes:
         runs: model -> its runs, one a seed.
