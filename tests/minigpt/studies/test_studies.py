@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minigpt.commands.cli import main
@@ -22,7 +23,14 @@ from minigpt.studies import STUDIES, published, study
 from minigpt.studies.claims import CLAIMS, Finding, above, below, count
 from minigpt.studies.figures import FROZEN, FULL, Figures, line, smooth
 from minigpt.studies.lab import Lab, Part
-from minigpt.studies.paired import differences, middle_half, over_seeds, ratios
+from minigpt.studies.paired import (
+    differences,
+    last_tenth,
+    middle_half,
+    over_seeds,
+    ratios,
+    successive_variance,
+)
 from minigpt.studies.report import Report, table, write
 from minigpt.studies.training import in_turn
 from minigpt.training.train import TrainConfig
@@ -229,3 +237,23 @@ def test_figures_are_paired() -> None:
     assert over_seeds([3.0]) == Estimate(3.0, -math.inf, math.inf)
     assert over_seeds([1.0, 3.0]).value == 2
     assert over_seeds([1.0, 3.0]).high == pytest.approx(2 + 12.70620)
+
+
+def test_final_losses_and_their_unsteadiness() -> None:
+    values = np.random.default_rng(0).normal(size=25)
+    assert last_tenth([*values]) == pytest.approx(values[-2:].mean())
+    assert last_tenth([3.0, 1.0]) == 1
+    assert successive_variance([*values]) == pytest.approx((np.diff(values) ** 2).mean() / 2)
+    trend = successive_variance([*(values + 0.01 * np.arange(25))])
+    assert trend == pytest.approx(successive_variance([*values]), rel=0.1)
+
+
+def test_the_list_of_studies_needs_no_drawing() -> None:
+    code = """
+import sys
+from minigpt.commands.cli import main
+assert main(["study", "--list"]) == 0
+assert not {"matplotlib", "jinja2"} & sys.modules.keys()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in run.stdout.splitlines()] == list(STUDIES)
