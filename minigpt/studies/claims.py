@@ -14,10 +14,11 @@ much holds within a factor of two.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from minigpt.metrics.intervals import Estimate
 
+T = TypeVar("T")
 VERDICTS = ("holds", "holds in direction", "fails", "undecided", "cannot be tested here")
 SEEDS = 5  # below this nothing holds and nothing fails
 
@@ -100,8 +101,8 @@ def about(measured: Estimate, n: int, quoted: float) -> str:
     return "fails" if measured.low > 2 * quoted or measured.high < quoted / 2 else "undecided"
 
 
-def count(measured: int, quoted: int) -> str:
-    """The verdict on a number that is counted, not drawn."""
+def count(measured: T, quoted: T) -> str:
+    """The verdict on a number, or several, that is counted or computed, not drawn."""
     return "holds" if measured == quoted else "fails"
 
 

@@ -69,10 +69,9 @@ from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.encoders import (
     EVALUATED,
     Encoder,
+    Sentiment,
     check_encoder,
     data_name,
-    load_encoder,
-    read_rows,
 )
 from minigpt.studies.figures import FROZEN, FULL, OTHERS, Figures, curve, line, marks, smooth
 from minigpt.studies.lab import Part, Result
@@ -102,7 +101,7 @@ QUOTED_SCHEDULE = TrainConfig(300, 1e-5, "linear", warmup_steps=15, schedule_ste
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Sentiment):
     """The study's settings."""
 
     model: str = option('an encoder: a directory, a hub id, or "bundled-bert"', "bundled-bert")
@@ -178,7 +177,7 @@ def unread(folder: Path, settings: Settings) -> Result:
     """How many reviews a bag of words gets right, and how many the more frequent label alone; the
     labels of the first batch.
     """
-    train_rows, test_rows = heldout_rows(settings)
+    train_rows, test_rows = settings.rows(seed=0)
     bag = bag_of_words.accuracy(train_rows, test_rows)
     positives = sum(label for _, label in test_rows)
     first = [label for _, label in first_rows(settings)]
@@ -192,14 +191,9 @@ def unread(folder: Path, settings: Settings) -> Result:
     }
 
 
-def heldout_rows(settings: Settings) -> tuple[Rows, Rows]:
-    """Training rows of seed 0, and the held-out rows, which are the same for all seeds."""
-    return read_rows(settings.data, settings.train_rows, settings.test_rows, 0)
-
-
 def watched_rows(settings: Settings) -> Rows:
     """The held-out rows that are measured along the way."""
-    return balanced(heldout_rows(settings)[1], settings.watched_rows, 0)
+    return balanced(settings.rows(seed=0)[1], settings.watched_rows, 0)
 
 
 def first_rows(settings: Settings) -> Rows:
@@ -210,8 +204,7 @@ def first_rows(settings: Settings) -> Rows:
 def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
     """Trains one arm."""
     before = memory.resident()
-    rows = (settings.train_rows, settings.test_rows)
-    encoder = load_encoder(settings.model, settings.data, settings.sequence_length, *rows, seed)
+    encoder = settings.encoder(seed)
     model = encoder.model
     if arm != "baseline":
         peft_lite.attach(model, peft_lite.FreezeConfig(freeze=FROZEN_PARTS))
@@ -507,7 +500,7 @@ def findings(m: Measured) -> list[Finding]:
         Finding(
             "clipping.rates",
             ", ".join(rates.values()),
-            "holds" if rates == QUOTED_RATES else "fails",
+            count(rates, QUOTED_RATES),
             "the published schedule",
             "after so many steps of the schedule; update n runs at the rate after n - 1",
         ),
@@ -691,7 +684,7 @@ def draw_rates(config: TrainConfig, figures: Figures) -> None:
         whole.set(xlabel="update", ylabel="learning rate", title="all updates")
         start.set(xlabel="update", title="the first ones")
         whole.set_ylim(bottom=0)
-        whole.legend(fontsize="small")
+        whole.legend()
 
 
 def draw_course(m: Measured, figures: Figures) -> None:
@@ -719,7 +712,7 @@ def draw_course(m: Measured, figures: Figures) -> None:
         panels[0][1].set(title=f"held-out, every {every} steps")
         for bottom in panels[1]:
             bottom.set(xlabel="update")
-        panels[0][0].legend(fontsize="small")
+        panels[0][0].legend()
 
 
 def mean_course(runs: Sequence[Sequence[float]]) -> list[float]:
@@ -742,7 +735,7 @@ def draw_norms(m: Measured, figures: Figures) -> None:
             axes.axhline(1, color="black", linewidth=1)
             axes.set(title=title, xlabel="update", yscale="log")
         panels[0].set(ylabel="norm of the gradient, before clipping")
-        panels[1].legend(fontsize="small")
+        panels[1].legend()
 
 
 def draw_lost(m: Measured, figures: Figures) -> None:
@@ -758,7 +751,7 @@ def draw_lost(m: Measured, figures: Figures) -> None:
             scatter(axes, arm, m.lost(arm, m.arms[arm][0]))
         axes.axvline(delay + 0.5, color="black", linewidth=1, linestyle=":")
         axes.set(xlabel="update", ylabel="|g| before clipping - |g| after")
-        axes.legend(fontsize="small")
+        axes.legend()
 
 
 def scatter(axes: Any, arm: str, values: Sequence[float]) -> None:
@@ -788,4 +781,4 @@ def draw_measures(m: Measured, figures: Figures) -> None:
             axes.axhline(0.5, linestyle=":", label="one answer", **grey)
             axes.set(title=LABELS[arm], xlabel="update")
         panels[0].set(ylabel="accuracy", ylim=(-0.03, 1.03))
-        panels[1].legend(fontsize="small")
+        panels[1].legend()

@@ -78,26 +78,31 @@ def read_rows(
     return train, balanced(test, 2 * rarer if test_rows is None else test_rows, 0)
 
 
-def load_encoder(
-    source: str, data: str, length: int, train_rows: int | None, test_rows: int | None, seed: int
-) -> Encoder:
-    """The model called `source`, and the texts of `data`, cut to `length` tokens.
+class Sentiment:
+    """The settings that 002 and 003 share: an encoder and labelled texts."""
 
-    Args:
-        train_rows, test_rows: as in `read_rows`.
-        seed: of the classifier's first weights and of the training rows.
+    model: str
+    data: str
+    sequence_length: int
+    train_rows: int | None
+    test_rows: int | None
 
-    Raises:
-        ValueError: the model is no encoder, or the data cannot be read or lacks rows.
-    """
-    directory = find(source)
-    tokenizer = Tokenizer.load(directory)
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(directory, head="classification", num_labels=2, device=device)
-    assert isinstance(model, Bert)
-    tokenizer.check(model.config.vocab_size)
-    train, test = read_rows(data, train_rows, test_rows, seed)
-    return Encoder(
-        model, tokenizer, encode(train, tokenizer, length), encode(test, tokenizer, length)
-    )
+    def rows(self, seed: int) -> tuple[Rows, Rows]:
+        """Texts to learn from, and held-out ones, as `read_rows` gives them."""
+        return read_rows(self.data, self.train_rows, self.test_rows, seed)
+
+    def encoder(self, seed: int) -> Encoder:
+        """The model with a classifier of this seed, and the texts of this seed.
+
+        Raises:
+            ValueError: the model is no encoder, or the data cannot be read or lacks rows.
+        """
+        directory = find(self.model)
+        tokenizer = Tokenizer.load(directory)
+        torch.manual_seed(seed)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load(directory, head="classification", num_labels=2, device=device)
+        assert isinstance(model, Bert)
+        tokenizer.check(model.config.vocab_size)
+        train, test = (encode(rows, tokenizer, self.sequence_length) for rows in self.rows(seed))
+        return Encoder(model, tokenizer, train, test)

@@ -58,13 +58,14 @@ class Figures:
         from matplotlib import pyplot
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        page, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
-        try:
-            yield axes
-            page.savefig(self.folder / file, dpi=150)
-            self.drawn.append(Figure(file, caption))
-        finally:
-            pyplot.close(page)
+        with pyplot.rc_context({"legend.fontsize": "small"}):
+            page, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
+            try:
+                yield axes
+                page.savefig(self.folder / file, dpi=150)
+                self.drawn.append(Figure(file, caption))
+            finally:
+                pyplot.close(page)
 
 
 def curve(axes: Any, values: Sequence[float], style: Style, label: str | None = None) -> None:

@@ -313,7 +313,7 @@ def findings(m: Measured) -> list[Finding]:
         Finding(
             "rank.count",
             f"{trained:,} against {full:,}, {100 * (1 - trained / full):.0f} % fewer",
-            "holds" if count(trained, 4_608) == count(full, 32_768) == "holds" else "fails",
+            count((trained, full), (4_608, 32_768)),
             "a 512 x 64 layer",
         ),
         Finding(
@@ -377,7 +377,7 @@ def draw(m: Measured, figures: Figures) -> None:
         axes.plot([], [], color=GREY, linewidth=0.8, label="full tuning, same colour")
         rank_axis(axes)
         axes.set(ylabel="held-out loss (nats a token)")
-        axes.legend(fontsize="small")
+        axes.legend()
     with figures.add(
         "gap.png",
         "Loss above that of the best rank, seed by seed, with 95 % intervals. Circled: "

@@ -598,7 +598,7 @@ def draw_losses(m: Measured, figures: Figures) -> None:
                 curve(axes, m.runs(arm, text)[0]["loss"], STYLES[arm], LABELS[arm])
             axes.set(xlabel="batch", title=f"tuned on {m.settings.names[text]}")
         panels[0].set_ylabel("loss (nats a token)")
-        panels[0].legend(fontsize="small")
+        panels[0].legend()
 
 
 def draw_popular(m: Measured, figures: Figures) -> None:
@@ -641,7 +641,7 @@ def draw_costs(m: Measured, figures: Figures) -> None:
         bar_pairs(axes, costs, ("intended", "literal"))
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(ylabel="times that of full tuning", ylim=(0, 1.3))
-        axes.legend(fontsize="small", ncols=2, loc="upper left")
+        axes.legend(ncols=2, loc="upper left")
 
 
 def draw_forgetting(m: Measured, figures: Figures) -> None:
@@ -659,7 +659,7 @@ def draw_forgetting(m: Measured, figures: Figures) -> None:
         bar_pairs(axes, rises, ("full", "intended"))
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(ylabel="loss after - before (nats a token)")
-        axes.legend(fontsize="small")
+        axes.legend()
 
 
 def exact(value: float) -> Estimate:

@@ -340,7 +340,7 @@ def counts() -> list[Finding]:
         Finding(
             "freezing.count",
             f"{tensors} tensors, {frozen:,} parameters, {100 * frozen / total:.2f} %",
-            "holds" if (tensors, frozen) == (18, 10_616_832) else "fails",
+            count((tensors, frozen), (18, 10_616_832)),
             on,
         ),
         Finding(
@@ -489,7 +489,7 @@ def draw(m: Measured, figures: Figures) -> None:
         for arm in ("full", "frozen"):
             curve(axes, first[arm]["weight_change"], STYLES[arm], LABELS[arm])
         axes.set(xlabel="batch", ylabel="Frobenius norm of W_t - W_(t-1)", ylim=(0, None))
-        axes.legend(fontsize="small")
+        axes.legend()
     draw_times(m, figures)
     with figures.add(
         "inverse.png",
@@ -502,7 +502,7 @@ def draw(m: Measured, figures: Figures) -> None:
             gaps = differences(first[arm]["loss"], first["full"]["loss"])
             curve(axes, smooth(gaps, 5), STYLES[arm], LABELS[arm])
         axes.set(xlabel="batch", ylabel="loss - full's loss (nats a token)")
-        axes.legend(fontsize="small")
+        axes.legend()
 
 
 def draw_losses(full: list[float], frozen: list[float], figures: Figures) -> None:
@@ -515,13 +515,13 @@ def draw_losses(full: list[float], frozen: list[float], figures: Figures) -> Non
         curve(left, full, FULL, LABELS["full"])
         curve(left, frozen, FROZEN, LABELS["frozen"])
         left.set(xlabel="batch", ylabel="loss (nats a token)")
-        left.legend(fontsize="small")
+        left.legend()
         ends = [min(*full, *frozen), max(*full, *frozen)]
         right.plot(ends, ends, color="black", linewidth=0.8, label="y = x")
         right.scatter(frozen, full, s=14, **marks(FROZEN), label="one batch")
         right.set(xlabel="loss, frozen (nats a token)", ylabel="loss, full (nats a token)")
         right.set_aspect("equal", adjustable="datalim")
-        right.legend(fontsize="small")
+        right.legend()
 
 
 def draw_popular(m: Measured, figures: Figures) -> None:
@@ -543,7 +543,7 @@ def draw_popular(m: Measured, figures: Figures) -> None:
         left.axhline(text, color="black", linestyle=":", label="the text itself")
         highest = max(text, *(bars[arm][when].high for arm in ARMS for when, *_ in sides))
         left.set(ylabel="p, share of popular tokens", ylim=(0, 1.2 * highest))
-        left.legend(fontsize="small")
+        left.legend()
         right.axhline(0, color="black", linewidth=0.8)
         right.set(ylabel="Delta p = p after - p before")
         for axes in (left, right):

@@ -159,6 +159,7 @@ def test_verdicts(
 
 def test_counts_are_equal_or_not() -> None:
     assert [count(3, 3), count(3, 4)] == ["holds", "fails"]
+    assert [count((3, 5), (3, 5)), count((3, 5), (3, 4))] == ["holds", "fails"]
 
 
 def test_a_finding_is_about_a_claim_and_has_a_verdict() -> None:
