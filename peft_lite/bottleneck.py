@@ -76,7 +76,7 @@ class Bottleneck(Wrapper):
     """A part of a block with an adapter after it."""
 
     depth = 2
-    cannot_merge = "its non-linearity is no change of a weight"
+    cannot_merge = "a network with a non-linearity does not change weights"
 
     def __init__(self, base: nn.Module, width: int, config: BottleneckConfig) -> None:
         super().__init__(base)

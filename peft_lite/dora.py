@@ -2,6 +2,7 @@
 
     W'_i = m_i V_i / |V_i|,   V = W + s B A          row i of the weight, the norm over the inputs
     y    = g * (x W^T + s (drop(x) A^T) B^T) + b,    g = m / |V|
+         = g * (base(x) - b + s (drop(x) A^T) B^T) + b
 
 m starts as |W|, so that W' = W at first.  The bias stays outside: m scales the weight alone.
 The norm is a constant for the gradient (the paper's section 4.3) unless `detach_norm` is False.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from minigpt_kernels import lora_linear
 from peft_lite import lora
-from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear
+from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear, plain_linear
 from peft_lite.method import Method
 from peft_lite.wrapper import dense_weight
 
@@ -53,11 +54,22 @@ class DoraLinear(LoraLinear):
             return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=1)
 
     def changed(self, x: Tensor) -> Tensor:
-        a, b, p = self.lora_a, self.lora_b, self.dropout if self.training else 0.0
-        # y = g * (x W^T + s (drop(x) A^T) B^T) + b
-        y = lora_linear(x, self.layer.weight, None, a, b, self.scaling, p)
-        y = gain(self.magnitude, self.norm()).to(y.dtype) * y
-        return y if self.layer.bias is None else y + self.layer.bias.to(y.dtype)
+        A, B, s, p = self.lora_a, self.lora_b, self.scaling, self.dropout if self.training else 0.0
+        W = plain_linear(self.base)
+        if W is None:
+            return self.add_update(self.base(x), x)
+        # y = g (x W^T + s (drop(x) A^T) B^T) + b
+        return self.scale(lora_linear(x, W[0], None, A, B, s, p))
+
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """G (y - b + s (drop(x) A^T) B^T) + b"""
+        b = self.layer.bias
+        return self.scale(super().add_update(y if b is None else y - b.to(y.dtype), x))
+
+    def scale(self, v: Tensor) -> Tensor:
+        """G v + b, (..., out)"""
+        y, b = gain(self.magnitude, self.norm()).to(v.dtype) * v, self.layer.bias
+        return y if b is None else y + b.to(y.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
         v = dense_weight(self.layer) + self.delta()
@@ -80,8 +92,9 @@ class DoraEmbedding(LoraEmbedding):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=0)
 
-    def changed(self, ids: Tensor) -> Tensor:
-        y = super().changed(ids)
+    def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
+        """G (y + s A^T[id] B^T)"""
+        y = super().add_update(y, ids)
         return gain(self.magnitude, self.norm()).to(y.dtype) * y
 
     def new_weights(self) -> dict[str, Tensor]:

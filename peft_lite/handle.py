@@ -7,13 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peft_lite import combine, files, shared
+from peft_lite import combine, files
 from peft_lite.compatible import check_compatible
 from peft_lite.lora import LoraLayer
 from peft_lite.method import Method
 from peft_lite.report import Report, report
 from peft_lite.select import nearest
-from peft_lite.wrapper import Copied, WeightWrapper, named_weights, within
+from peft_lite.wrapper import (
+    Copied,
+    WeightWrapper,
+    merge_obstacle,
+    named_weights,
+    within,
+)
 
 HANDLE = "_peft_lite_handle"  # the model's attribute
 
@@ -173,7 +179,6 @@ class Handle:
             self._flags = {n: p.requires_grad for n, p in named_weights(self.model)}
             for _, p in named_weights(self.model):
                 p.requires_grad_(False)
-            shared.install(self.model)
             setattr(self.model, HANDLE, self)
         for other in self.methods.values():
             if other.kind == method.kind:
@@ -189,7 +194,6 @@ class Handle:
                 weight.parameter.requires_grad_(False)
         method.uninstall(self.model, fold)
         if not self.methods:
-            shared.remove(self.model)
             for n, p in self.model.named_parameters():
                 p.requires_grad_(self._flags.get(n, True))
             delattr(self.model, HANDLE)
@@ -255,6 +259,8 @@ class Handle:
                     continue
                 if wrapper.merged:
                     raise ValueError("the adapter is merged already")
+                if obstacle := merge_obstacle(wrapper.layer):
+                    raise ValueError(f"cannot merge {name!r} into {place}: {obstacle}")
                 if any(w.acts and w not in chosen for w in within(wrapper)):
                     raise ValueError(f"cannot merge {name!r} alone: another acts within it")
                 others = [n for n in uses[id(wrapper.layer.weight)] if n != f"{place}.weight"]

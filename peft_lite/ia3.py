@@ -47,7 +47,7 @@ class IA3Output(WeightWrapper):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.scale = nn.Parameter(torch.ones_like(dense_weight(self.layer)[:, 0]))
+        self.scale = ones(self.layer, self.layer.out_features)
 
     def changed(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -70,7 +70,7 @@ class IA3Input(WeightWrapper):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.scale = nn.Parameter(torch.ones_like(dense_weight(self.layer)[0]))
+        self.scale = ones(self.layer, self.layer.in_features)
 
     def changed(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(self.scale.to(x.dtype) * x)
@@ -81,6 +81,13 @@ class IA3Input(WeightWrapper):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"ia3_l": self.scale.data[None, :]}
+
+
+def ones(layer: nn.Module, width: int) -> nn.Parameter:
+    """L (width,) at its start, in float32 or wider, on the layer's device."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return nn.Parameter(torch.ones(width, dtype=dtype, device=weight.device))
 
 
 def build(model: nn.Module, config: IA3Config) -> Method:

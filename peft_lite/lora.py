@@ -1,6 +1,7 @@
 """LoRA: low-rank adaptation.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
     W' = W + s B A        y = x W'^T + b = x W^T + b + s (drop(x) A^T) B^T
+                            = base(x) + s (drop(x) A^T) B^T
 
     A (R, in)   uniform in +-1/sqrt(in)         s = alpha / R, or alpha / sqrt(R) with use_rslora
     B (out, R)  zero, so that W' = W at first   (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from minigpt_kernels import Lora, lora_linear
+from minigpt_kernels import lora_linear
 from peft_lite import bias, saved
 from peft_lite.method import Method
 from peft_lite.select import (
@@ -104,28 +105,38 @@ class LoraLayer(WeightWrapper):
             of that batch; None: it changes all.
     """
 
+    takes_rows = True
+
     def __init__(
         self, base: nn.Module, inputs: int, outputs: int, r: int, alpha: float, rslora: bool
     ) -> None:
         super().__init__(base)
         weight = self.layer.weight
-        new, dtype = weight.new_zeros, torch.promote_types(weight.dtype, torch.float32)
-        self.lora_a = nn.Parameter(new(r, inputs, dtype=dtype))
-        self.lora_b = nn.Parameter(new(outputs, r, dtype=dtype))
+        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        self.lora_a = nn.Parameter(torch.zeros(r, inputs, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, r, dtype=dtype, device=device))
         self.alpha = alpha
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.rows: tuple[Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rows is None:
-            return super().forward(x)
-        y: Tensor = self.base(x)
-        rows, batch = self.rows
-        if not self.active or len(rows) == 0:
+        if not self.active or self.merged:
+            y: Tensor = self.base(x)
             return y
+        return self.changed(x) if self.rows is None else self.changed_rows(x)
+
+    def changed_rows(self, x: Tensor) -> Tensor:
+        """What the base gives, and in its rows of the batch the update."""
+        assert self.rows is not None
+        rows, batch = self.rows
         if len(x) != batch:
             raise ValueError(f"rows were named for a batch of {batch}, a layer gets {len(x)}")
-        return y.index_copy(0, rows, self.changed(x[rows]))
+        y: Tensor = self.base(x)
+        return y.index_copy(0, rows, self.add_update(y[rows], x[rows])) if len(rows) else y
+
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, given the base's output y for the same x."""
+        raise NotImplementedError
 
     def delta(self) -> Tensor:
         """S B A, in the shape of the layer's weight."""
@@ -147,19 +158,17 @@ class LoraLinear(LoraLayer):
         nn.init.uniform_(self.lora_a, -bound, bound)
 
     def changed(self, x: Tensor) -> Tensor:
-        """Y = x W^T + b + s (drop(x) A^T) B^T"""
-        return lora_linear(x, *self.product, dropout_p=self.p)
+        """(..., in) -> (..., out)"""
+        A, B, s, p = self.lora_a, self.lora_b, self.scaling, self.dropout if self.training else 0.0
+        W = plain_linear(self.base)
+        # y = base(x) + s (drop(x) A^T) B^T, in one fused product where base(x) is x W^T + b
+        return lora_linear(x, *W, A, B, s, p) if W else self.add_update(self.base(x), x)
 
-    @property
-    def product(self) -> Lora:
-        """What is multiplied."""
-        layer = self.layer
-        return Lora(layer.weight, layer.bias, self.lora_a, self.lora_b, self.scaling)
-
-    @property
-    def p(self) -> float:
-        """Probability of dropping an input of A, now."""
-        return self.dropout if self.training else 0.0
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Y + s (drop(x) A^T) B^T"""
+        A, B = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        update = F.dropout(x, self.dropout, self.training) @ A.T @ B.T
+        return y + (self.scaling * update).to(y.dtype)
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_b @ self.lora_a)
@@ -177,13 +186,14 @@ class LoraEmbedding(LoraLayer):
         nn.init.normal_(self.lora_b)
 
     def changed(self, ids: Tensor) -> Tensor:
-        """Y = E[id] + s A^T[id] B^T"""
-        y: Tensor = self.layer(ids)
-        return y + self.scaling * self.update(ids).to(y.dtype)
+        """(...) -> (..., D)"""
+        # y = base(id) + s A^T[id] B^T
+        return self.add_update(self.base(ids), ids)
 
-    def update(self, ids: Tensor) -> Tensor:
-        """A^T[id] B^T, (..., D)"""
-        return F.embedding(ids, self.lora_a.T) @ self.lora_b.T
+    def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
+        """Y + s A^T[id] B^T; a padding row of A^T gets no gradient and stays zero"""
+        update = F.embedding(ids, self.lora_a.T, self.layer.padding_idx) @ self.lora_b.T
+        return y + (self.scaling * update).to(y.dtype)
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_b @ self.lora_a).T
@@ -222,6 +232,31 @@ def build(
         weights = bias.of_layers(layers)
     wrappers = saved.add(model, config.modules_to_save, wrappers)
     return Method("lora", config, wrappers, saved.outside(weights, wrappers))
+
+
+def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """W and b where base(x) is x W^T + b and nothing more, so that a fused product can compute it.
+
+    None where the base has to be called: a class with a forward pass of its own, hooks, a weight
+    that is parametrized, pruned or packed (int8, 4-bit), or another method that acts.  A class
+    states that its forward pass is x W^T + b by `plain_linear = forward`.
+    """
+    while True:
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+            return None
+        if base._backward_hooks or base._backward_pre_hooks:
+            return None
+        if not isinstance(base, Wrapper):
+            break
+        if base.acts:
+            return None
+        base = base.base
+    kind, weight, bias = type(base), base._parameters.get("weight"), base._parameters.get("bias")
+    if kind.forward not in (nn.Linear.forward, getattr(kind, "plain_linear", None)):
+        return None
+    if weight is None or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    return (weight, bias) if weight.is_floating_point() else None
 
 
 def dense_shape(layer: nn.Module) -> tuple[int, int]:

@@ -111,7 +111,7 @@ class Prefix(Wrapper):
         window: how many keys a local layer sees, in the form that counts the prefix among them.
     """
 
-    cannot_merge = "keys and values before the real ones are no change of a weight"
+    cannot_merge = "keys and values before the real ones do not change weights"
     whole_model = True
 
     def __init__(

@@ -52,7 +52,7 @@ class PromptConfig:
 class Prompt(Wrapper):
     """P, in the slot that the embeddings have for it."""
 
-    cannot_merge = "vectors before the tokens are no change of a weight"
+    cannot_merge = "vectors before the tokens do not change weights"
     whole_model = True
 
     def __init__(self, base: nn.Module, start: Tensor) -> None:
