@@ -12,7 +12,9 @@ R (in + out) + out parameters for each layer.  HF PEFT differs in training with 
 drops inputs of W too.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from minigpt_kernels import lora_linear
 from peft_lite import lora
 from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear, plain_linear
-from peft_lite.method import Method
+from peft_lite.method import Method, MethodSpec
 from peft_lite.wrapper import dense_weight
 
 
@@ -62,12 +64,12 @@ class DoraLinear(LoraLinear):
         return self.scale(lora_linear(x, W[0], None, A, B, s, p))
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """G (y - b + s (drop(x) A^T) B^T) + b"""
+        """g (y - b + s (drop(x) A^T) B^T) + b"""
         b = self.layer.bias
         return self.scale(super().add_update(y if b is None else y - b.to(y.dtype), x))
 
     def scale(self, v: Tensor) -> Tensor:
-        """G v + b, (..., out)"""
+        """g v + b, (..., out)"""
         y, b = gain(self.magnitude, self.norm()).to(v.dtype) * v, self.layer.bias
         return y if b is None else y + b.to(y.dtype)
 
@@ -93,7 +95,7 @@ class DoraEmbedding(LoraEmbedding):
             return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=0)
 
     def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
-        """G (y + s A^T[id] B^T)"""
+        """g (y + s A^T[id] B^T)"""
         y = super().add_update(y, ids)
         return gain(self.magnitude, self.norm()).to(y.dtype) * y
 
@@ -106,9 +108,23 @@ class DoraEmbedding(LoraEmbedding):
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """G = m / |V|; a row of zeros has m = |V| = 0 and stays what it is."""
+    """g = m / |V|; 0 for a row of zeros, where m = |V| = 0."""
     return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def build(model: nn.Module, config: DoraConfig) -> Method:
     return lora.build(model, config, DoraLinear, DoraEmbedding)
+
+
+def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Its lines of `adapter_config.json`: LoRA's with `use_dora`."""
+    through_norm = {} if method.config.detach_norm else {"detach_norm": False}
+    return {**lora.to_json(model, method), "use_dora": True, **through_norm}
+
+
+def from_json(raw: Mapping[str, Any]) -> LoraConfig | None:
+    """The config; None for a LoRA, which has the same `peft_type`."""
+    return lora.read(raw, DoraConfig) if raw.get("use_dora") else None
+
+
+METHOD = MethodSpec("dora", DoraConfig, build, 1e-3, ("LORA",), to_json, from_json)

@@ -18,8 +18,9 @@ Shapes:  R rank   in, out: the layer's widths   V, D: the table's
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minigpt_kernels import lora_linear
-from peft_lite import bias, saved
-from peft_lite.method import Method
+from peft_lite import bias, fields, saved
+from peft_lite.method import Method, MethodSpec
+from peft_lite.options import block_numbers, option, target
 from peft_lite.select import (
     Patterns,
     check_layers,
     check_patterns,
+    hf_name,
     in_layers,
     resolve_pattern,
     select_modules,
@@ -59,14 +62,24 @@ class LoraConfig:
         modules_to_save: modules that train whole, as copies, and are saved with the adapter.
     """
 
-    target_modules: Patterns
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    target_modules: Patterns = field(metadata=target(", or all-linear", default=("query", "value")))
+    r: int = field(default=8, metadata=option("rank", "rank r", int))
+    lora_alpha: float = field(
+        default=8,
+        metadata=option("alpha", "numerator of the scaling alpha / r", float, default=16.0),
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata=option("lora_dropout", "dropout before A", float)
+    )
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: Sequence[int] | int | None = None
+    layers_to_transform: Sequence[int] | int | None = field(
+        default=None,
+        metadata=option(
+            "layers", "in these blocks only, as in 6-11 or 0,2", str, shown="", read=block_numbers
+        ),
+    )
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
 
@@ -125,6 +138,9 @@ class LoraLayer(WeightWrapper):
             return y
         return self.changed(x) if self.rows is None else self.changed_rows(x)
 
+    def take_rows(self, rows: Tensor | None, batch: int = 0) -> None:
+        self.rows = None if rows is None else (rows, batch)
+
     def changed_rows(self, x: Tensor) -> Tensor:
         """What the base gives, and in its rows of the batch the update."""
         assert self.rows is not None
@@ -139,7 +155,7 @@ class LoraLayer(WeightWrapper):
         raise NotImplementedError
 
     def delta(self) -> Tensor:
-        """S B A, in the shape of the layer's weight."""
+        """s B A, in the shape of the layer's weight."""
         raise NotImplementedError
 
     def new_weights(self) -> dict[str, Tensor]:
@@ -165,7 +181,7 @@ class LoraLinear(LoraLayer):
         return lora_linear(x, *W, A, B, s, p) if W else self.add_update(self.base(x), x)
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """Y + s (drop(x) A^T) B^T"""
+        """y + s (drop(x) A^T) B^T"""
         A, B = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
         update = F.dropout(x, self.dropout, self.training) @ A.T @ B.T
         return y + (self.scaling * update).to(y.dtype)
@@ -191,7 +207,7 @@ class LoraEmbedding(LoraLayer):
         return self.add_update(self.base(ids), ids)
 
     def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
-        """Y + s A^T[id] B^T; a padding row of A^T gets no gradient and stays zero"""
+        """y + s A^T[id] B^T; a padding row of A^T gets no gradient and stays zero."""
         update = F.embedding(ids, self.lora_a.T, self.layer.padding_idx) @ self.lora_b.T
         return y + (self.scaling * update).to(y.dtype)
 
@@ -265,3 +281,46 @@ def dense_shape(layer: nn.Module) -> tuple[int, int]:
         return layer.out_features, layer.in_features
     assert isinstance(layer, nn.Embedding)
     return layer.num_embeddings, layer.embedding_dim
+
+
+# ways to start A and B that leave W as it was, so that W + s B A is right however they started
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+HARMLESS = {"ensure_weight_tying", "eva_config", "megatron_core", "qalora_group_size"}
+
+
+def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Its lines of `adapter_config.json`."""
+    config = method.config
+    layers = {hf_name(model, n): w for n, w in method.wrappers.items() if isinstance(w, LoraLayer)}
+    ranks = {name: len(layer.lora_a) for name, layer in layers.items()}
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "target_modules": fields.shortest_ends(model, set(layers)),
+        "rank_pattern": {n: r for n, r in ranks.items() if r != config.r},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != config.lora_alpha},
+        "bias": config.bias,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def read(raw: Mapping[str, Any], config: type[LoraConfig]) -> LoraConfig:
+    """A LoRA's or DoRA's config from `adapter_config.json`."""
+    if (start := raw.get("init_lora_weights")) not in STARTS:
+        raise ValueError(f"init_lora_weights = {start!r} is not supported")
+    known = HARMLESS | {"init_lora_weights", "use_dora"}
+    return config(**fields.read_targeted(raw, config, known))
+
+
+def from_json(raw: Mapping[str, Any]) -> LoraConfig | None:
+    """The config; None for a DoRA, which has the same `peft_type`."""
+    return None if raw.get("use_dora") else read(raw, LoraConfig)
+
+
+METHOD = MethodSpec("lora", LoraConfig, build, 1e-3, ("LORA",), to_json, from_json)

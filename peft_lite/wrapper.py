@@ -53,6 +53,9 @@ class Wrapper(nn.Module):
     def begin(self) -> None:
         """Called once the wrapper is in the model and no other method of its kind is active."""
 
+    def take_rows(self, rows: Tensor | None, batch: int = 0) -> None:
+        """Change only these rows of a batch of this size; None: all.  See `takes_rows`."""
+
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that the method trains."""
         base = {id(p) for p in self.base.parameters()}

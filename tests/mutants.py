@@ -262,7 +262,7 @@ MUTANTS = [
     mutant(
         "a setting without code is read over",
         "peft",
-        "peft_lite/files.py",
+        "peft_lite/fields.py",
         "        if not (name in known | HARMLESS | harmless or _is_unset(value)):",
         "        if False:",
         "test_adapter_files",

@@ -45,7 +45,6 @@ from minigpt.objectives.classify import (
     consecutive_examples,
     predict,
 )
-from minigpt.settings import methods
 from minigpt.settings.options import option
 from minigpt.studies import peft_methods_figures as figures
 from minigpt.studies import peft_methods_findings as findings
@@ -145,7 +144,9 @@ def parts(settings: Settings) -> list[Part]:
             )
     for method in METHODS:
         settings.training(method)
-    check_encoder(settings.model, settings.sequence_length, methods.TOKENS)
+    check_encoder(
+        settings.model, settings.sequence_length, peft_lite.PrefixConfig().num_virtual_tokens
+    )
     read_rows(settings.data, settings.train_rows, settings.test_rows, 0)
     todo = [Part(f"cost-{method}", cost, (settings, method)) for method in METHODS]
     todo.append(Part("times", times, (settings,)))
