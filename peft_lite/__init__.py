@@ -1,5 +1,7 @@
 """Parameter-efficient fine-tuning for any nn.Module: one method, one file, one equation."""
 
+from typing import Any
+
 from peft_lite.attach import attach, load
 from peft_lite.bias import BiasConfig
 from peft_lite.bottleneck import BottleneckConfig
@@ -9,6 +11,7 @@ from peft_lite.freeze import FreezeConfig
 from peft_lite.handle import Handle
 from peft_lite.ia3 import IA3Config
 from peft_lite.lora import LoraConfig
+from peft_lite.methods import METHODS
 from peft_lite.prefix import PrefixConfig
 from peft_lite.prompt import PromptConfig
 from peft_lite.report import Report, report
@@ -30,3 +33,11 @@ __all__ = [
     "load",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The config class of a method that is not listed above."""
+    for method in METHODS:
+        if method.config.__name__ == name:
+            return method.config
+    raise AttributeError(f"module 'peft_lite' has no attribute {name!r}")

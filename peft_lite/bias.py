@@ -3,16 +3,17 @@
     y = W x + b        b <- b - eta dL/db,    dL/db = sum over rows of dL/dy;    W stays
 
 The model's own biases train, those of linear layers and of norms; nothing is added to a forward
-pass.  As many parameters as there are biases: 0.06 % of GPT-Neo-125M, 0.09 % of BERT-base.
+pass.  The parameters are all biases: 0.06 % of GPT-Neo-125M, 0.09 % of BERT-base.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from peft_lite import saved
-from peft_lite.method import InPlace, Method
+from peft_lite.method import InPlace, Method, MethodSpec
+from peft_lite.options import target
 from peft_lite.select import Patterns, check_patterns, select_parameters
 from peft_lite.wrapper import named_weights
 
@@ -27,7 +28,7 @@ class BiasConfig:
         modules_to_save: modules that train whole beside them, a classifier for instance.
     """
 
-    target_modules: Patterns | None = None
+    target_modules: Patterns | None = field(default=None, metadata=target(shown="all"))
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -58,3 +59,6 @@ def of_layers(layers: Mapping[str, nn.Module]) -> dict[str, InPlace]:
     """The biases of these layers."""
     biases = {f"{name}.bias": getattr(layer, "bias", None) for name, layer in layers.items()}
     return {name: InPlace(p) for name, p in biases.items() if isinstance(p, nn.Parameter)}
+
+
+METHOD = MethodSpec("bias", BiasConfig, build, lr=1e-3, peft_types=("BIAS",))

@@ -15,14 +15,15 @@ Shapes:  D width   R width of the bottleneck
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_lite import saved
-from peft_lite.method import Method
+from peft_lite.method import Method, MethodSpec
+from peft_lite.options import option, target
 from peft_lite.select import Patterns, check_patterns, nearest, select_modules
 from peft_lite.wrapper import Wrapper, named_layers
 
@@ -52,10 +53,12 @@ class BottleneckConfig:
         modules_to_save: modules that train whole, as copies, and are saved with the adapters.
     """
 
-    placement: str = "pfeiffer"
-    r: int = 64
+    placement: str = field(
+        default="pfeiffer", metadata=option("placement", "where", str, choices=tuple(PLACES))
+    )
+    r: int = field(default=64, metadata=option("rank", "rank r", int))
     non_linearity: str = "relu"
-    target_modules: Patterns | None = None
+    target_modules: Patterns | None = field(default=None, metadata=target(shown="as placed"))
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +79,7 @@ class Bottleneck(Wrapper):
     """A part of a block with an adapter after it."""
 
     depth = 2
-    cannot_merge = "its non-linearity is no change of a weight"
+    cannot_merge = "a network with a non-linearity does not change weights"
 
     def __init__(self, base: nn.Module, width: int, config: BottleneckConfig) -> None:
         super().__init__(base)
@@ -133,3 +136,6 @@ def build(model: nn.Module, config: BottleneckConfig) -> Method:
             raise ValueError(f"{name}: a parallel adapter needs as many inputs as outputs")
         wrappers[name] = (ParallelBottleneck if parallel else Bottleneck)(part, width, config)
     return Method("bottleneck", config, saved.add(model, config.modules_to_save, wrappers))
+
+
+METHOD = MethodSpec("bottleneck", BottleneckConfig, build, lr=1e-3, peft_types=("BOTTLENECK",))

@@ -1,9 +1,8 @@
 """Does everything that should train get a gradient, and does nothing else move?
 
-A parameter that requires a gradient and gets none is the quietest fault there is: the loss looks
-well and the adapter stays what it was.  So the gradient is taken twice, where the parameters are
-and, for those whose gradient is zero there, a little beside: LoRA's A has a zero gradient as long
-as B = 0, and a dead tensor has one everywhere.
+A parameter that requires a gradient and gets none raises no error: the loss falls and the adapter
+never changes.  The gradient is taken twice, at the parameters' values and after a small random
+step: LoRA's A has a zero gradient as long as B = 0, a tensor that cannot train has one at both.
 """
 
 import zlib
@@ -14,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STEP = 0.02  # standard deviation of the step beside
+STEP = 0.02  # standard deviation of the random step
 
 
 @dataclass(frozen=True)
 class Trainability:
-    """What `check_trainable` found.
+    """The result of `check_trainable`.
 
     Attributes:
         gradients: norm of the gradient of each trainable tensor that has a finite one, not zero.
-        waiting: zero now, not zero beside: the partner of something that starts at zero.
+        waiting: those whose gradient is zero only because another factor is still zero.
         faults: trainable tensors without a gradient, and why.
         moved: frozen tensors that changed with the trainable ones.
     """
@@ -40,9 +39,12 @@ class Trainability:
     def __str__(self) -> str:
         lines = [f"{len(self.gradients)} trainable tensors get a finite gradient that is not zero"]
         if self.waiting:
-            lines.append(f"{len(self.waiting)} will, once their partners have left zero")
+            lines.append(
+                f"{len(self.waiting)} have a zero gradient only because another factor is zero, "
+                "as LoRA's B is at step 0"
+            )
         lines += [f"{name}: {reason}" for name, reason in self.faults.items()]
-        lines += [f"{name}: frozen, and yet it moved" for name in self.moved]
+        lines += [f"{name}: frozen, but its values changed" for name in self.moved]
         return "\n".join(lines)
 
 
@@ -53,11 +55,11 @@ def check_trainable(
 ) -> Trainability:
     """Takes the gradient of a loss and says which trainable tensors get none.
 
-    Weights, buffers, gradients and torch's random state are afterwards what they were.
+    Weights, buffers, gradients and torch's random state are restored.
 
     Args:
-        batch: what `loss` takes; without one, the model's input, or its inputs by name.
-        loss: model and batch -> a scalar; without one, a fixed random sum of the outputs.
+        batch: the argument of `loss`; without `loss`, the model's input, or its inputs by name.
+        loss: model and batch -> a scalar; None: a fixed random sum of the outputs.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -86,22 +88,22 @@ def check_trainable(
                     p.grad = grads[name]
                 for buffer, value in buffers:  # the averages of a batch norm
                     buffer.copy_(value)
-    found: dict[str, float] = {}
+    gradients: dict[str, float] = {}
     waiting: list[str] = []
     faults: dict[str, str] = {}
     for name in trained:
         norm, next_norm = here[name], beside[name]
         if norm is None or next_norm is None:
-            faults[name] = "no gradient arrives: the loss does not use it, or the graph is cut"
+            faults[name] = "it gets no gradient: the loss does not use it, or the graph is cut"
         elif norm != norm or norm == torch.inf:
             faults[name] = f"its gradient is {norm}"
         elif norm > 0:
-            found[name] = norm
+            gradients[name] = norm
         elif next_norm > 0:
             waiting.append(name)
         else:
-            faults[name] = "its gradient is zero, here and beside"
-    return Trainability(found, waiting, faults, moved)
+            faults[name] = "its gradient is zero, also after a small random step"
+    return Trainability(gradients, waiting, faults, moved)
 
 
 def _gradients(
@@ -121,7 +123,7 @@ def _gradients(
 
 
 def _random_sum(model: nn.Module, batch: Any) -> Tensor:
-    """A sum of the outputs with weights that nothing in the model could cancel."""
+    """A randomly weighted sum of the outputs, so that gradients do not cancel."""
     y = model(**batch) if isinstance(batch, Mapping) else model(batch)
     y = y if isinstance(y, Tensor) else y[0]
     random = torch.Generator().manual_seed(0)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from peft_lite.dora import DoraConfig
 from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLayer, LoraLinear
 from peft_lite.method import Method
 from peft_lite.wrapper import Wrapper
@@ -23,10 +22,10 @@ def weighted_sum(parts: Mapping[str, Method], weights: Mapping[str, float]) -> M
     if not parts:
         raise ValueError("nothing to combine: give at least one adapter and its weight")
     for name, part in parts.items():
-        if part.kind != "lora" or isinstance(part.config, DoraConfig):
-            raise ValueError(f"{name!r} is no LoRA: only their updates can be summed")
+        if type(part.config) is not LoraConfig:
+            raise ValueError(f"{name!r} is not a LoRA: only their updates can be summed")
         if part.weights or not all(isinstance(w, LoraLayer) for w in part.wrappers.values()):
-            raise ValueError(f"{name!r} trains biases or whole modules, which have no sum")
+            raise ValueError(f"{name!r} trains biases or whole modules, which cannot be summed")
         weight = weights[name]
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"the weight of {name!r} is {weight!r}, must be a finite number")

@@ -37,5 +37,5 @@ def _check_pair(a_name: str, a: Method, b_name: str, b: Method) -> None:
                     raise ValueError(f"{name}: {b_name!r} changes it, {a_name!r} trains it whole")
         elif isinstance(wrapper, WeightWrapper) and f"{place}.weight" in b.weights:
             raise ValueError(
-                f"{place}.weight trains under {b_name!r}: what {a_name!r} adds to it says the same"
+                f"{place}.weight trains under {b_name!r}: {a_name!r} changes the same weight"
             )

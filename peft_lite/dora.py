@@ -2,6 +2,7 @@
 
     W'_i = m_i V_i / |V_i|,   V = W + s B A          row i of the weight, the norm over the inputs
     y    = g * (x W^T + s (drop(x) A^T) B^T) + b,    g = m / |V|
+         = g * (base(x) - b + s (drop(x) A^T) B^T) + b
 
 m starts as |W|, so that W' = W at first.  The bias stays outside: m scales the weight alone.
 The norm is a constant for the gradient (the paper's section 4.3) unless `detach_norm` is False.
@@ -11,15 +12,17 @@ R (in + out) + out parameters for each layer.  HF PEFT differs in training with 
 drops inputs of W too.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minigpt_kernels import lora_linear
 from peft_lite import lora
-from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear
-from peft_lite.method import Method
+from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear, plain_linear
+from peft_lite.method import Method, MethodSpec
 from peft_lite.wrapper import dense_weight
 
 
@@ -53,11 +56,22 @@ class DoraLinear(LoraLinear):
             return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=1)
 
     def changed(self, x: Tensor) -> Tensor:
-        a, b, p = self.lora_a, self.lora_b, self.dropout if self.training else 0.0
-        # y = g * (x W^T + s (drop(x) A^T) B^T) + b
-        y = lora_linear(x, self.layer.weight, None, a, b, self.scaling, p)
-        y = gain(self.magnitude, self.norm()).to(y.dtype) * y
-        return y if self.layer.bias is None else y + self.layer.bias.to(y.dtype)
+        A, B, s, p = self.lora_a, self.lora_b, self.scaling, self.dropout if self.training else 0.0
+        W = plain_linear(self.base)
+        if W is None:
+            return self.add_update(self.base(x), x)
+        # y = g (x W^T + s (drop(x) A^T) B^T) + b
+        return self.scale(lora_linear(x, W[0], None, A, B, s, p))
+
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """g (y - b + s (drop(x) A^T) B^T) + b"""
+        b = self.layer.bias
+        return self.scale(super().add_update(y if b is None else y - b.to(y.dtype), x))
+
+    def scale(self, v: Tensor) -> Tensor:
+        """g v + b, (..., out)"""
+        y, b = gain(self.magnitude, self.norm()).to(v.dtype) * v, self.layer.bias
+        return y if b is None else y + b.to(y.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
         v = dense_weight(self.layer) + self.delta()
@@ -80,8 +94,9 @@ class DoraEmbedding(LoraEmbedding):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=0)
 
-    def changed(self, ids: Tensor) -> Tensor:
-        y = super().changed(ids)
+    def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
+        """g (y + s A^T[id] B^T)"""
+        y = super().add_update(y, ids)
         return gain(self.magnitude, self.norm()).to(y.dtype) * y
 
     def new_weights(self) -> dict[str, Tensor]:
@@ -93,9 +108,23 @@ class DoraEmbedding(LoraEmbedding):
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """G = m / |V|; a row of zeros has m = |V| = 0 and stays what it is."""
+    """g = m / |V|; 0 for a row of zeros, where m = |V| = 0."""
     return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def build(model: nn.Module, config: DoraConfig) -> Method:
     return lora.build(model, config, DoraLinear, DoraEmbedding)
+
+
+def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Its lines of `adapter_config.json`: LoRA's with `use_dora`."""
+    through_norm = {} if method.config.detach_norm else {"detach_norm": False}
+    return {**lora.to_json(model, method), "use_dora": True, **through_norm}
+
+
+def from_json(raw: Mapping[str, Any]) -> LoraConfig | None:
+    """The config; None for a LoRA, which has the same `peft_type`."""
+    return lora.read(raw, DoraConfig) if raw.get("use_dora") else None
+
+
+METHOD = MethodSpec("dora", DoraConfig, build, 1e-3, ("LORA",), to_json, from_json)

@@ -1,51 +1,27 @@
 """Methods on disk, in HF PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A tensor of a layer is called `base_model.model.` + the layer's checkpoint name + an ending of the
-method (`.lora_A.weight`, `.ia3_l`, ...).  A setting that changes the mathematics and has no code
-here is an error.  Methods that PEFT does not have are kept the same way under a `peft_type` of
-their own, with the fields of their config.
+A tensor of a layer is named `base_model.model.` + the layer's checkpoint name + an ending of the
+method (`.lora_A.weight`, `.ia3_l`, ...).  Each method's file writes and reads its own lines of the
+config; a setting that changes the mathematics and is not supported is an error.  Methods that PEFT
+does not have are stored in the same way under a `peft_type` of their own.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_lite.bias import BiasConfig
-from peft_lite.bottleneck import BottleneckConfig
-from peft_lite.dora import DoraConfig
-from peft_lite.freeze import FreezeConfig
-from peft_lite.ia3 import IA3Config, IA3Input
-from peft_lite.lora import LoraConfig, LoraLayer
+from peft_lite import fields
 from peft_lite.method import Method
-from peft_lite.prefix import Prefix, PrefixConfig
-from peft_lite.prompt import Prompt, PromptConfig
-from peft_lite.select import ends_with, hf_name, nearest
+from peft_lite.methods import METHODS, method_of
+from peft_lite.select import hf_name
 from peft_lite.tensor_files import read_named_tensors
-from peft_lite.wrapper import Copied, named_layers
+from peft_lite.wrapper import Copied
 
-# fields of PEFT's configs that say nothing about the mathematics of a trained adapter
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
-LORA_HARMLESS = {"ensure_weight_tying", "eva_config", "megatron_core", "qalora_group_size"}
-# what prefix and prompt say of the model they are for, compared with it by `check_shape`
-SHAPES = {"num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"}
-PROMPT_HARMLESS = {"prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"}
-PREFIX_HARMLESS = {"encoder_hidden_size", "init_weights", "prefix_projection"}  # P itself is saved
-# ways to begin: those that leave W as it was, so that W + s B A is right however B and A began
-STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # what PEFT adds to `modules_to_save` of every classifier, there or not
 GUESSED = ("classifier", "score")
 
@@ -70,9 +46,11 @@ def read(directory: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     kind = raw.get("peft_type") if isinstance(raw, dict) else None
-    if kind not in READERS:
-        known = ", ".join(READERS)
-        raise ValueError(f"{path}: peft_type {kind!r} has no code here, must be one of {known}")
+    known = dict.fromkeys(name for method in METHODS for name in method.peft_types)
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(
+            f"{path}: peft_type {kind!r} is not supported, must be one of {', '.join(known)}"
+        )
     safe, old = directory / "adapter_model.safetensors", directory / "adapter_model.bin"
     tensors = read_named_tensors(safe if safe.exists() or not old.exists() else old)
     # PEFT repeats the biases of a module that it saves whole
@@ -83,7 +61,7 @@ def read(directory: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
     }
     raw = {**raw, "modules_to_save": _saved(raw.get("modules_to_save"), tensors)}
     try:
-        return READERS[kind](raw), raw, tensors
+        return _read_config(raw), raw, tensors
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -111,9 +89,9 @@ def fill(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], directory:
 
 
 def check_shape(model: nn.Module, method: Method, raw: Mapping[str, Any], directory: Path) -> None:
-    """Prefix and prompt say for what model they are: it must be this one."""
+    """Refuses a prefix or prompt that was trained for a model of another shape."""
     expected = config_json(model, method)
-    for name in ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"):
+    for name in fields.SHAPES:
         if name in expected and raw.get(name, expected[name]) not in (None, expected[name]):
             raise ValueError(f"{directory}: {name} is {raw[name]}, this model's {expected[name]}")
 
@@ -128,183 +106,45 @@ def state(model: nn.Module, method: Method) -> dict[str, Tensor]:
             full = end if wrapper.whole_model else beginning + hf_name(model, f"{name}.{end}")
             tensors[full] = tensor
     for name, weight in method.weights_once().items():
-        layer, _, own = name.rpartition(".")
+        layer, _, end = name.rpartition(".")
         below = layer in method.wrappers and not isinstance(method.wrappers[layer], Copied)
-        full = hf_name(model, layer) + f".base_layer.{own}" if below else hf_name(model, name)
+        full = hf_name(model, layer) + f".base_layer.{end}" if below else hf_name(model, name)
         tensors[beginning + full] = weight.tuned(method.active)
     return tensors
 
 
 def config_json(model: nn.Module, method: Method) -> dict[str, Any]:
-    """What PEFT needs to build the same method, with the layers under their checkpoint names."""
-    config = method.config
-    if isinstance(config, LoraConfig):
-        own = _lora(model, method, config)
-    elif isinstance(config, IA3Config):
-        own = _ia3(model, method)
-    elif isinstance(config, PrefixConfig):
-        own = _prefix(model, method, config)
-    elif isinstance(config, PromptConfig):
-        own = _prompt(model, method)
-    else:
-        own = {"peft_type": OWN[type(config)], **asdict(config)}
-        return {name: _plain(value) for name, value in own.items()}
+    """`adapter_config.json`, with the layers under their checkpoint names."""
+    spec = method_of(method.config)
+    if spec.to_json is None:
+        return {"peft_type": spec.peft_types[0], **fields.write_all(method.config)}
     copied = [hf_name(model, n) for n, w in method.wrappers.items() if isinstance(w, Copied)]
     return {
         "base_model_name_or_path": None,
         "inference_mode": True,
         "task_type": None,
         "modules_to_save": copied or None,
-        **own,
+        **spec.to_json(model, method),
     }
-
-
-def _lora(model: nn.Module, method: Method, config: LoraConfig) -> dict[str, Any]:
-    layers = {hf_name(model, n): w for n, w in method.wrappers.items() if isinstance(w, LoraLayer)}
-    ranks = {name: len(layer.lora_a) for name, layer in layers.items()}
-    alphas = {name: layer.alpha for name, layer in layers.items()}
-    dora = isinstance(config, DoraConfig)
-    attached = {} if getattr(config, "detach_norm", True) else {"detach_norm": False}
-    return {
-        "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": dora,
-        "target_modules": _shortest_ends(model, set(layers)),
-        "rank_pattern": {n: r for n, r in ranks.items() if r != config.r},
-        "alpha_pattern": {n: a for n, a in alphas.items() if a != config.lora_alpha},
-        "bias": config.bias,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        **attached,
-    }
-
-
-def _ia3(model: nn.Module, method: Method) -> dict[str, Any]:
-    layers = {n: w for n, w in method.wrappers.items() if not isinstance(w, Copied)}
-    before = {hf_name(model, n) for n, w in layers.items() if isinstance(w, IA3Input)}
-    return {
-        "peft_type": "IA3",
-        "target_modules": _shortest_ends(model, {hf_name(model, n) for n in layers}),
-        "feedforward_modules": _shortest_ends(model, before) if before else [],
-        "fan_in_fan_out": False,
-        "init_ia3_weights": True,
-    }
-
-
-def _prefix(model: nn.Module, method: Method, config: PrefixConfig) -> dict[str, Any]:
-    layers = [w for w in method.wrappers.values() if isinstance(w, Prefix)]
-    width = layers[0].tensors()["prompt_embeddings"].size(1) // (2 * len(layers))
-    return {
-        "peft_type": "PREFIX_TUNING" if config.form == "peft" else "PREFIX",
-        "task_type": getattr(model, "task_type", None),
-        "num_virtual_tokens": config.num_virtual_tokens,
-        "token_dim": width,
-        "num_layers": len(layers),
-        "num_attention_heads": width // layers[0].N,
-        "num_transformer_submodules": 1,
-        "encoder_hidden_size": config.encoder_hidden_size or width,
-        "prefix_projection": False,  # P itself is saved, not the network that computed it
-    }
-
-
-def _prompt(model: nn.Module, method: Method) -> dict[str, Any]:
-    (prompt,) = (w for w in method.wrappers.values() if isinstance(w, Prompt))
-    attentions = [m for _, m in named_layers(model) if hasattr(m, "head_width")]
-    width = prompt.prompt.size(1)
-    return {
-        "peft_type": "PROMPT_TUNING",
-        "task_type": getattr(model, "task_type", None),
-        "num_virtual_tokens": len(prompt.prompt),
-        "token_dim": width,
-        "num_layers": len(attentions),
-        "num_attention_heads": width // int(attentions[0].head_width),  # type: ignore[arg-type]
-        "num_transformer_submodules": 1,
-        "prompt_tuning_init": "RANDOM",
-    }
-
-
-def _shortest_ends(model: nn.Module, chosen: set[str]) -> list[str]:
-    """The shortest ends of names that name these layers and no other: `["q_proj", "v_proj"]`."""
-    # containers as well: PEFT refuses to target one
-    every = {hf_name(model, name) for name, _ in named_layers(model)}
-    longest = max(name.count(".") for name in chosen) + 1
-    for parts in range(1, longest + 1):
-        ends = {".".join(name.split(".")[-parts:]) for name in chosen}
-        if {name for name in every for end in ends if ends_with(name, end)} == chosen:
-            return sorted(ends)
-    return sorted(chosen)
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON knows."""
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _saved(listed: Any, tensors: Iterable[str]) -> list[str] | None:
     """`modules_to_save` without the names that PEFT only guessed."""
-    found = []
+    saved = []
     for name in listed or []:
         if any(f".{name}." in f".{tensor}" for tensor in tensors):
-            found.append(name)
+            saved.append(name)
         elif name not in GUESSED:
             raise ValueError(f"modules_to_save: the file holds no tensor of {name!r}")
-    return list(dict.fromkeys(found)) or None
+    return list(dict.fromkeys(saved)) or None
 
 
-def _read_lora(raw: Mapping[str, Any]) -> LoraConfig:
-    kind = DoraConfig if raw.get("use_dora") else LoraConfig
-    if (start := raw.get("init_lora_weights")) not in STARTS:
-        raise ValueError(f"init_lora_weights = {start!r} has no code here")
-    known = LORA_HARMLESS | {"init_lora_weights", "use_dora"}
-    return kind(**_targeted(raw, kind, known))
-
-
-def _read_ia3(raw: Mapping[str, Any]) -> IA3Config:
-    return IA3Config(**_targeted(raw, IA3Config, {"init_ia3_weights"}))
-
-
-def _read_prefix(raw: Mapping[str, Any]) -> PrefixConfig:
-    settings = _settings(raw, PrefixConfig, SHAPES | PREFIX_HARMLESS)
-    settings = {name: settings[name] for name in settings.keys() - PREFIX_HARMLESS}
-    return PrefixConfig(**settings, form="fixed" if raw["peft_type"] == "PREFIX" else "peft")
-
-
-def _read_prompt(raw: Mapping[str, Any]) -> PromptConfig:
-    settings = _settings(raw, PromptConfig, SHAPES | PROMPT_HARMLESS)
-    return PromptConfig(**{**settings, "prompt_tuning_init": "RANDOM"})
-
-
-def _targeted(raw: Mapping[str, Any], kind: type, harmless: set[str]) -> dict[str, Any]:
-    if not raw.get("target_modules"):
-        raise ValueError("no target_modules")
-    return _settings(raw, kind, harmless)
-
-
-def _settings(raw: Mapping[str, Any], kind: type, harmless: set[str]) -> dict[str, Any]:
-    """The fields of `kind` that are set.  A field without code here must not say anything."""
-    known = {f.name for f in fields(kind)}
-    for name, value in raw.items():
-        if not (name in known | HARMLESS | harmless or _is_unset(value)):
-            raise ValueError(f"{name} = {value!r} has no code here{nearest(name, known)}")
-    return {name: raw[name] for name in known if raw.get(name) is not None}
-
-
-def _is_unset(value: object) -> bool:
-    """Whether a field says that its feature is off; 0 does not: it may be the number of a layer."""
-    return value is None or value is False or value in ("none", [], {})
-
-
-OWN = {BiasConfig: "BIAS", BottleneckConfig: "BOTTLENECK", FreezeConfig: "FREEZE"}
-READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "LORA": _read_lora,
-    "IA3": _read_ia3,
-    "PREFIX_TUNING": _read_prefix,
-    "PREFIX": _read_prefix,
-    "PROMPT_TUNING": _read_prompt,
-    "BIAS": lambda raw: BiasConfig(**_settings(raw, BiasConfig, set())),
-    "BOTTLENECK": lambda raw: BottleneckConfig(**_settings(raw, BottleneckConfig, set())),
-    "FREEZE": lambda raw: FreezeConfig(**_settings(raw, FreezeConfig, set())),
-}
+def _read_config(raw: Mapping[str, Any]) -> Any:
+    """The config of the method that wrote these lines."""
+    for method in METHODS:
+        if raw["peft_type"] in method.peft_types:
+            if method.from_json is None:
+                return method.config(**fields.read(raw, method.config))
+            if (config := method.from_json(raw)) is not None:
+                return config
+    raise ValueError(f"no method reads this {raw['peft_type']}")

@@ -7,13 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peft_lite import combine, files, shared
+from peft_lite import combine, files
 from peft_lite.compatible import check_compatible
-from peft_lite.lora import LoraLayer
 from peft_lite.method import Method
 from peft_lite.report import Report, report
 from peft_lite.select import nearest
-from peft_lite.wrapper import Copied, WeightWrapper, named_weights, within
+from peft_lite.wrapper import (
+    WeightWrapper,
+    merge_obstacle,
+    named_weights,
+    within,
+)
 
 HANDLE = "_peft_lite_handle"  # the model's attribute
 
@@ -29,7 +33,7 @@ class Handle:
 
     Attributes:
         model: the model.
-        methods: by name, in the order of their coming.
+        methods: by name, in order of attachment.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,7 +43,7 @@ class Handle:
 
     @property
     def active(self) -> list[str]:
-        """Names of the methods that act."""
+        """Names of the active methods."""
         return [name for name, method in self.methods.items() if method.active]
 
     def report(self) -> Report:
@@ -47,7 +51,7 @@ class Handle:
         return report(self.model)
 
     def switch(self, name: str) -> None:
-        """Makes a method act, and train, in the place of the others of its kind."""
+        """Activates a method, so that it trains, and switches off the others of its kind."""
         self._check_unmerged("switch")
         chosen = self._method(name)
         # the chosen one last: others may have trained the same weights
@@ -59,46 +63,50 @@ class Handle:
     def enabled(self, flag: bool) -> Iterator[None]:
         """With False: the model computes what it computed before anything was attached."""
         self._check_unmerged("switch off")
-        acting = [method for method in self.methods.values() if method.active and not flag]
-        if any(w.keep is False for method in acting for w in method.weights.values()):
-            raise ValueError("freezing trains the weights themselves: the old ones are gone")
-        for method in acting:
+        active = [method for method in self.methods.values() if method.active and not flag]
+        if any(w.keep is False for method in active for w in method.weights.values()):
+            raise ValueError(
+                "freezing trains the model's own weights and keeps no copy of the old values"
+            )
+        for method in active:
             method.activate(False)
         try:
             yield
         finally:
-            for method in acting:
+            for method in active:
                 method.activate(True)
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Row i of a batch goes through the LoRA or DoRA called `names[i]`, None: through none."""
+        """Row i of a batch uses the LoRA or DoRA called `names[i]`; None: the base model."""
         self._check_unmerged("choose rows")
         chosen = {name: self._method(name) for name in dict.fromkeys(names) if name is not None}
         for name, method in chosen.items():
-            others = method.weights or any(isinstance(w, Copied) for w in method.wrappers.values())
-            if method.kind != "lora" or others:
+            if method.weights or not all(w.takes_rows for w in method.wrappers.values()):
                 raise ValueError(
                     f"{name!r} changes more than linear and embedding layers: "
                     "it cannot act on some rows of a batch only"
                 )
         device = next(self.model.parameters()).device
-        loras = {n: m for n, m in self.methods.items() if m.kind == "lora"}
+        loras = {
+            name: method
+            for name, method in self.methods.items()
+            if any(w.takes_rows for w in method.wrappers.values())
+        }
         before = {name: method.active for name, method in loras.items()}
         for name, method in loras.items():
             method.activate(name in chosen)
             index = [i for i, row in enumerate(names) if row == name]
             for layer in method.wrappers.values():
-                if name in chosen and isinstance(layer, LoraLayer):
-                    layer.rows = (torch.tensor(index, device=device), len(names))
+                if name in chosen:
+                    layer.take_rows(torch.tensor(index, device=device), len(names))
         try:
             yield
         finally:
             for name, method in loras.items():
                 method.activate(before[name])
                 for layer in method.wrappers.values():
-                    if isinstance(layer, LoraLayer):
-                        layer.rows = None
+                    layer.take_rows(None)
 
     def combine(self, name: str, weights: Mapping[str, float]) -> None:
         """Adds a LoRA whose update is the weighted sum of others', sum_i w_i s_i B_i A_i."""
@@ -107,15 +115,15 @@ class Handle:
         self.put(name, combine.weighted_sum(parts, weights))
 
     def merge(self, name: str | None = None, untie: bool = False) -> None:
-        """Every W becomes what the method makes of it.  The original weights are kept.
+        """Puts the methods' changes into the weights.  The original weights are kept.
 
         Args:
-            name: the method to merge; None: all that act.
+            name: the method to merge; None: all active ones.
             untie: give a weight that is tied to another a copy of its own; otherwise it is refused.
         """
         chosen, tied = self._to_merge(self.active if name is None else [name], untie)
         if not chosen:
-            raise ValueError("no layer amounts to other weights: there is nothing to merge")
+            raise ValueError("there is nothing to merge: no active method changes layer weights")
         for wrapper in chosen:
             wrapper.merge(untie=wrapper in tied)
 
@@ -123,40 +131,40 @@ class Handle:
         """Restores the original weights to the bit."""
         mergeable = self._mergeable(self.methods)
         if not mergeable:
-            raise ValueError("no layer amounts to other weights: there is nothing to unmerge")
+            raise ValueError("there is nothing to unmerge: no method changes layer weights")
         for wrapper in reversed(mergeable):
             if wrapper.merged:
                 wrapper.unmerge()
 
     def fold(self, untie: bool = False) -> None:
-        """Merges what acts for good and takes everything off: a plain model with the new weights
-        is left.
+        """Merges the active methods permanently and removes all: the model is plain again, with
+        the merged weights.
         """
         self._check_attached()
         left = [n for n in self.active if not any(w.merged for w in self._mergeable([n]))]
         chosen, tied = self._to_merge(left, untie)
         for wrapper in chosen:
             wrapper.merge(untie=wrapper in tied)
-        # what acts comes off last: nothing else may stand around what it leaves
+        # active methods last: no other wrapper may remain around the modules they leave
         for name in sorted(self.methods, key=self.active.__contains__):
             self._take_off(name, fold=self.methods[name].active)
 
     def detach(self, name: str | None = None) -> None:
-        """Takes a method off, None: all.  Modules, weights and `requires_grad` are what they were.
+        """Removes a method, None: all, and restores modules, weights and `requires_grad`.
 
-        Freezing is the exception: it trains the model's own weights, and they keep their values.
+        Freezing is the exception: the weights it trained keep their values.
         """
         self._check_attached()
         names = list(self.methods) if name is None else [name]
-        for one in names:
-            self._method(one)
+        for each in names:
+            self._method(each)
         if self._merged:
             self.unmerge()
-        for one in reversed(names):
-            self._take_off(one, fold=False)
+        for each in reversed(names):
+            self._take_off(each, fold=False)
 
     def state(self, name: str | None = None) -> dict[str, Tensor]:
-        """A method's tensors under the names of HF PEFT's files.  The only method's, with None."""
+        """A method's tensors under the names of HF PEFT's files; None: of the only method."""
         return files.state(self.model, self._only(name))
 
     def save(self, directory: str | Path, name: str | None = None) -> None:
@@ -166,14 +174,13 @@ class Handle:
         files.write(Path(directory), files.config_json(self.model, method), self.state(name))
 
     def put(self, name: str, method: Method) -> None:
-        """Puts a method that was built for this model on it (what `attach` ends with)."""
+        """Puts a built method on the model and activates it (the last step of `attach`)."""
         self._check_unmerged("attach")
         check_compatible(self.methods, name, method)
         if not self.methods:
             self._flags = {n: p.requires_grad for n, p in named_weights(self.model)}
             for _, p in named_weights(self.model):
                 p.requires_grad_(False)
-            shared.install(self.model)
             setattr(self.model, HANDLE, self)
         for other in self.methods.values():
             if other.kind == method.kind:
@@ -189,7 +196,6 @@ class Handle:
                 weight.parameter.requires_grad_(False)
         method.uninstall(self.model, fold)
         if not self.methods:
-            shared.remove(self.model)
             for n, p in self.model.named_parameters():
                 p.requires_grad_(self._flags.get(n, True))
             delattr(self.model, HANDLE)
@@ -247,7 +253,7 @@ class Handle:
         for name in names:
             method = self._method(name)
             if not method.active:
-                raise ValueError(f"{name!r} does not act: switch to it, then merge")
+                raise ValueError(f"{name!r} is not active: switch to it, then merge")
             for place, wrapper in method.wrappers.items():
                 if wrapper.cannot_merge:
                     raise ValueError(f"cannot merge {name!r}: {wrapper.cannot_merge}")
@@ -255,8 +261,12 @@ class Handle:
                     continue
                 if wrapper.merged:
                     raise ValueError("the adapter is merged already")
+                if obstacle := merge_obstacle(wrapper.layer):
+                    raise ValueError(f"cannot merge {name!r} into {place}: {obstacle}")
                 if any(w.acts and w not in chosen for w in within(wrapper)):
-                    raise ValueError(f"cannot merge {name!r} alone: another acts within it")
+                    raise ValueError(
+                        f"cannot merge {name!r} alone: another active method is inside it"
+                    )
                 others = [n for n in uses[id(wrapper.layer.weight)] if n != f"{place}.weight"]
                 if others and not untie:
                     raise ValueError(

@@ -8,16 +8,20 @@ l starts at 1.  out or in parameters for each layer.  Merged, W' = diag(l) W and
 W' = W diag(l).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_lite import saved
-from peft_lite.method import Method
-from peft_lite.select import Patterns, check_patterns, select_modules
+from peft_lite import fields, saved
+from peft_lite.method import Method, MethodSpec
+from peft_lite.options import names, option, target
+from peft_lite.select import Patterns, check_patterns, hf_name, select_modules
 from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight
+
+PAPER, PAPER_FEEDFORWARD = ("key", "value", "mlp.down"), ("mlp.down",)
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,17 @@ class IA3Config:
         modules_to_save: modules that train whole, as copies, and are saved with the vectors.
     """
 
-    target_modules: Patterns
-    feedforward_modules: Patterns = ()
+    target_modules: Patterns = field(metadata=target(shown=" ".join(PAPER)))
+    feedforward_modules: Patterns = field(
+        default=(),
+        metadata=option(
+            "feedforward",
+            "those of the targets whose input is scaled, not their output",
+            list[str],
+            shown=f"none; without --target: {' '.join(PAPER_FEEDFORWARD)}",
+            read=names,
+        ),
+    )
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +60,7 @@ class IA3Output(WeightWrapper):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.scale = nn.Parameter(torch.ones_like(dense_weight(self.layer)[:, 0]))
+        self.scale = ones(self.layer, self.layer.out_features)
 
     def changed(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -70,7 +83,7 @@ class IA3Input(WeightWrapper):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.scale = nn.Parameter(torch.ones_like(dense_weight(self.layer)[0]))
+        self.scale = ones(self.layer, self.layer.in_features)
 
     def changed(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(self.scale.to(x.dtype) * x)
@@ -81,6 +94,13 @@ class IA3Input(WeightWrapper):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"ia3_l": self.scale.data[None, :]}
+
+
+def ones(layer: nn.Module, width: int) -> nn.Parameter:
+    """l (width,) at its start, in float32 or wider, on the layer's device."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return nn.Parameter(torch.ones(width, dtype=dtype, device=weight.device))
 
 
 def build(model: nn.Module, config: IA3Config) -> Method:
@@ -96,3 +116,33 @@ def build(model: nn.Module, config: IA3Config) -> Method:
         for name, layer in layers.items()
     }
     return Method("ia3", config, saved.add(model, config.modules_to_save, wrappers))
+
+
+def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Its lines of `adapter_config.json`."""
+    outputs, inputs = (
+        {hf_name(model, n) for n, w in method.wrappers.items() if isinstance(w, kind)}
+        for kind in (IA3Output, IA3Input)
+    )
+    return {
+        "peft_type": "IA3",
+        "target_modules": fields.shortest_ends(model, outputs | inputs),
+        "feedforward_modules": fields.shortest_ends(model, inputs) if inputs else [],
+        "fan_in_fan_out": False,
+        "init_ia3_weights": True,
+    }
+
+
+def from_json(raw: Mapping[str, Any]) -> IA3Config:
+    """The config."""
+    return IA3Config(**fields.read_targeted(raw, IA3Config, {"init_ia3_weights"}))
+
+
+def from_options(given: dict[str, Any]) -> IA3Config:
+    """The config of a command's options: without targets the paper's."""
+    if "target_modules" not in given:
+        given = {"target_modules": PAPER, "feedforward_modules": PAPER_FEEDFORWARD, **given}
+    return IA3Config(**given)
+
+
+METHOD = MethodSpec("ia3", IA3Config, build, 3e-3, ("IA3",), to_json, from_json, from_options)

@@ -1,6 +1,7 @@
 """LoRA: low-rank adaptation.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
     W' = W + s B A        y = x W'^T + b = x W^T + b + s (drop(x) A^T) B^T
+                            = base(x) + s (drop(x) A^T) B^T
 
     A (R, in)   uniform in +-1/sqrt(in)         s = alpha / R, or alpha / sqrt(R) with use_rslora
     B (out, R)  zero, so that W' = W at first   (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
@@ -17,21 +18,24 @@ Shapes:  R rank   in, out: the layer's widths   V, D: the table's
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from minigpt_kernels import Lora, lora_linear
-from peft_lite import bias, saved
-from peft_lite.method import Method
+from minigpt_kernels import lora_linear
+from peft_lite import bias, fields, saved
+from peft_lite.method import Method, MethodSpec
+from peft_lite.options import block_numbers, option, target
 from peft_lite.select import (
     Patterns,
     check_layers,
     check_patterns,
+    hf_name,
     in_layers,
     resolve_pattern,
     select_modules,
@@ -58,14 +62,24 @@ class LoraConfig:
         modules_to_save: modules that train whole, as copies, and are saved with the adapter.
     """
 
-    target_modules: Patterns
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    target_modules: Patterns = field(metadata=target(", or all-linear", default=("query", "value")))
+    r: int = field(default=8, metadata=option("rank", "rank r", int))
+    lora_alpha: float = field(
+        default=8,
+        metadata=option("alpha", "numerator of the scaling alpha / r", float, default=16.0),
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata=option("lora_dropout", "dropout before A", float)
+    )
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: Sequence[int] | int | None = None
+    layers_to_transform: Sequence[int] | int | None = field(
+        default=None,
+        metadata=option(
+            "layers", "in these blocks only, as in 6-11 or 0,2", str, shown="", read=block_numbers
+        ),
+    )
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
 
@@ -104,31 +118,44 @@ class LoraLayer(WeightWrapper):
             of that batch; None: it changes all.
     """
 
+    takes_rows = True
+
     def __init__(
         self, base: nn.Module, inputs: int, outputs: int, r: int, alpha: float, rslora: bool
     ) -> None:
         super().__init__(base)
         weight = self.layer.weight
-        new, dtype = weight.new_zeros, torch.promote_types(weight.dtype, torch.float32)
-        self.lora_a = nn.Parameter(new(r, inputs, dtype=dtype))
-        self.lora_b = nn.Parameter(new(outputs, r, dtype=dtype))
+        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        self.lora_a = nn.Parameter(torch.zeros(r, inputs, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, r, dtype=dtype, device=device))
         self.alpha = alpha
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.rows: tuple[Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rows is None:
-            return super().forward(x)
-        y: Tensor = self.base(x)
-        rows, batch = self.rows
-        if not self.active or len(rows) == 0:
+        if not self.active or self.merged:
+            y: Tensor = self.base(x)
             return y
+        return self.changed(x) if self.rows is None else self.changed_rows(x)
+
+    def take_rows(self, rows: Tensor | None, batch: int = 0) -> None:
+        self.rows = None if rows is None else (rows, batch)
+
+    def changed_rows(self, x: Tensor) -> Tensor:
+        """What the base gives, and in its rows of the batch the update."""
+        assert self.rows is not None
+        rows, batch = self.rows
         if len(x) != batch:
             raise ValueError(f"rows were named for a batch of {batch}, a layer gets {len(x)}")
-        return y.index_copy(0, rows, self.changed(x[rows]))
+        y: Tensor = self.base(x)
+        return y.index_copy(0, rows, self.add_update(y[rows], x[rows])) if len(rows) else y
+
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, given the base's output y for the same x."""
+        raise NotImplementedError
 
     def delta(self) -> Tensor:
-        """S B A, in the shape of the layer's weight."""
+        """s B A, in the shape of the layer's weight."""
         raise NotImplementedError
 
     def new_weights(self) -> dict[str, Tensor]:
@@ -147,19 +174,17 @@ class LoraLinear(LoraLayer):
         nn.init.uniform_(self.lora_a, -bound, bound)
 
     def changed(self, x: Tensor) -> Tensor:
-        """Y = x W^T + b + s (drop(x) A^T) B^T"""
-        return lora_linear(x, *self.product, dropout_p=self.p)
+        """(..., in) -> (..., out)"""
+        A, B, s, p = self.lora_a, self.lora_b, self.scaling, self.dropout if self.training else 0.0
+        W = plain_linear(self.base)
+        # y = base(x) + s (drop(x) A^T) B^T, in one fused product where base(x) is x W^T + b
+        return lora_linear(x, *W, A, B, s, p) if W else self.add_update(self.base(x), x)
 
-    @property
-    def product(self) -> Lora:
-        """What is multiplied."""
-        layer = self.layer
-        return Lora(layer.weight, layer.bias, self.lora_a, self.lora_b, self.scaling)
-
-    @property
-    def p(self) -> float:
-        """Probability of dropping an input of A, now."""
-        return self.dropout if self.training else 0.0
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + s (drop(x) A^T) B^T"""
+        A, B = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        update = F.dropout(x, self.dropout, self.training) @ A.T @ B.T
+        return y + (self.scaling * update).to(y.dtype)
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_b @ self.lora_a)
@@ -177,13 +202,14 @@ class LoraEmbedding(LoraLayer):
         nn.init.normal_(self.lora_b)
 
     def changed(self, ids: Tensor) -> Tensor:
-        """Y = E[id] + s A^T[id] B^T"""
-        y: Tensor = self.layer(ids)
-        return y + self.scaling * self.update(ids).to(y.dtype)
+        """(...) -> (..., D)"""
+        # y = base(id) + s A^T[id] B^T
+        return self.add_update(self.base(ids), ids)
 
-    def update(self, ids: Tensor) -> Tensor:
-        """A^T[id] B^T, (..., D)"""
-        return F.embedding(ids, self.lora_a.T) @ self.lora_b.T
+    def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
+        """y + s A^T[id] B^T; a padding row of A^T gets no gradient and stays zero."""
+        update = F.embedding(ids, self.lora_a.T, self.layer.padding_idx) @ self.lora_b.T
+        return y + (self.scaling * update).to(y.dtype)
 
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_b @ self.lora_a).T
@@ -224,9 +250,77 @@ def build(
     return Method("lora", config, wrappers, saved.outside(weights, wrappers))
 
 
+def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """W and b where base(x) is x W^T + b and nothing more, so that a fused product can compute it.
+
+    None where the base has to be called: a class with a forward pass of its own, hooks, a weight
+    that is parametrized, pruned or packed (int8, 4-bit), or another method that acts.  A class
+    states that its forward pass is x W^T + b by `plain_linear = forward`.
+    """
+    while True:
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+            return None
+        if base._backward_hooks or base._backward_pre_hooks:
+            return None
+        if not isinstance(base, Wrapper):
+            break
+        if base.acts:
+            return None
+        base = base.base
+    kind, weight, bias = type(base), base._parameters.get("weight"), base._parameters.get("bias")
+    if kind.forward not in (nn.Linear.forward, getattr(kind, "plain_linear", None)):
+        return None
+    if weight is None or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    return (weight, bias) if weight.is_floating_point() else None
+
+
 def dense_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer, (V, D) of an embedding table."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     assert isinstance(layer, nn.Embedding)
     return layer.num_embeddings, layer.embedding_dim
+
+
+# ways to start A and B that leave W as it was, so that W + s B A is right however they started
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+HARMLESS = {"ensure_weight_tying", "eva_config", "megatron_core", "qalora_group_size"}
+
+
+def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Its lines of `adapter_config.json`."""
+    config = method.config
+    layers = {hf_name(model, n): w for n, w in method.wrappers.items() if isinstance(w, LoraLayer)}
+    ranks = {name: len(layer.lora_a) for name, layer in layers.items()}
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "target_modules": fields.shortest_ends(model, set(layers)),
+        "rank_pattern": {n: r for n, r in ranks.items() if r != config.r},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != config.lora_alpha},
+        "bias": config.bias,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def read(raw: Mapping[str, Any], config: type[LoraConfig]) -> LoraConfig:
+    """A LoRA's or DoRA's config from `adapter_config.json`."""
+    if (start := raw.get("init_lora_weights")) not in STARTS:
+        raise ValueError(f"init_lora_weights = {start!r} is not supported")
+    known = HARMLESS | {"init_lora_weights", "use_dora"}
+    return config(**fields.read_targeted(raw, config, known))
+
+
+def from_json(raw: Mapping[str, Any]) -> LoraConfig | None:
+    """The config; None for a DoRA, which has the same `peft_type`."""
+    return None if raw.get("use_dora") else read(raw, LoraConfig)
+
+
+METHOD = MethodSpec("lora", LoraConfig, build, 1e-3, ("LORA",), to_json, from_json)

@@ -1,6 +1,8 @@
-"""A method on a model: the wrappers it put around layers, and the model's own weights it trains."""
+"""What a method is (`MethodSpec`), and a method on a model (`Method`): the wrappers it put around
+layers, and the model's own weights that it trains.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,26 +13,28 @@ from peft_lite.wrapper import Wrapper
 
 
 class InPlace:
-    """A weight of the model that trains where it is.
+    """A weight of the model that trains in place.
 
-    While the method is active the parameter holds the tuned values, otherwise the original ones,
-    which `keep` tells to keep.
+    While the method is active the parameter holds the tuned values, otherwise the original ones.
+
+    Args:
+        keep: whether to keep a copy of the original values.
     """
 
     def __init__(self, parameter: nn.Parameter, keep: bool = True) -> None:
         self.parameter, self.keep = parameter, keep
-        self.other: Tensor | None = None  # the values that the parameter does not hold now
+        self.other: Tensor | None = None  # the values not in the parameter
 
     def install(self) -> None:
         if self.keep:
             self.other = self.parameter.detach().clone()
 
     def tuned(self, active: bool) -> Tensor:
-        """The tuned values, wherever they are now."""
+        """The tuned values."""
         return self.parameter.data if active or self.other is None else self.other
 
     def swap(self) -> None:
-        """Original for tuned values, or back."""
+        """Exchanges original and tuned values."""
         if self.other is not None:
             p = self.parameter
             p.data, self.other = self.other.to(p.device, p.dtype), p.data
@@ -38,12 +42,12 @@ class InPlace:
 
 @dataclass
 class Method:
-    """What a config made of a model.
+    """A method on a model.
 
     Attributes:
-        kind: methods of one kind are alternatives to each other.
-        wrappers: by the name of the layer they stand at.
-        weights: the model's own that train, by name.
+        kind: of the methods of one kind, one is active at a time.
+        wrappers: by the name of the layer they are around.
+        weights: the model's own weights that train, by name.
     """
 
     kind: str
@@ -58,7 +62,7 @@ class Method:
         return list({id(p): p for p in parts}.values())
 
     def weights_once(self) -> dict[str, InPlace]:
-        """Its weights, a tied one under its first name alone."""
+        """Its weights, a tied one only under its first name."""
         first: dict[int, str] = {}
         for name, weight in self.weights.items():
             first.setdefault(id(weight.parameter), name)
@@ -73,7 +77,7 @@ class Method:
         self.active = True
 
     def activate(self, active: bool) -> None:
-        """Acts, or steps aside."""
+        """Switches it on or off."""
         if active != self.active:
             for weight in self.weights_once().values():
                 weight.swap()
@@ -82,9 +86,36 @@ class Method:
             w.active = active
 
     def uninstall(self, model: nn.Module, fold: bool) -> None:
-        """Takes everything off again; with `fold` what can be kept stays in the model."""
+        """Removes the method from the model; `fold` leaves its result in the model."""
         if not fold:
             self.activate(False)
         for name, w in self.wrappers.items():
             left = w.left() if fold else w.base
             wrapper.remove(model, name, w, left)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """All that the rest of the library and a command need to know of a method.
+
+    Attributes:
+        name: of the method in a command.
+        config: class of its config; a field may carry an `option` (peft_lite/options.py).
+        build: makes the method for a model, without touching the model.
+        lr: peak learning rate by default.
+        peft_types: `peft_type` of the files it reads; the first is written where there is no
+            `to_json`.
+        to_json: model and method -> its lines of `adapter_config.json`; None: all of the config.
+        from_json: those lines -> the config, or None where another method of the same `peft_type`
+            wrote them; None: the config's fields.
+        from_options: the fields that a command gives -> the config; None: the config as it is.
+    """
+
+    name: str
+    config: Any
+    build: Callable[[nn.Module, Any], Method]
+    lr: float
+    peft_types: tuple[str, ...]
+    to_json: Callable[[nn.Module, Method], dict[str, Any]] | None = None
+    from_json: Callable[[Mapping[str, Any]], Any] | None = None
+    from_options: Callable[[dict[str, Any]], Any] | None = None

@@ -17,14 +17,16 @@ Shapes:  K prefix length   L layers   H key/value heads   N head width   D = H N
          B batch   T queries   S real keys
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_lite import saved
-from peft_lite.method import Method
+from peft_lite import fields, saved
+from peft_lite.method import Method, MethodSpec
+from peft_lite.options import option
 from peft_lite.select import nearest
 from peft_lite.wrapper import Wrapper, dense_weight, innermost, named_layers
 
@@ -43,10 +45,21 @@ class PrefixConfig:
         modules_to_save: modules that train whole, as copies, and are saved with the prefix.
     """
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = field(default=20, metadata=option("virtual_tokens", "length", int))
     prefix_projection: bool = False
-    encoder_hidden_size: int | None = None
-    form: str = "fixed"
+    encoder_hidden_size: int | None = field(
+        default=None,
+        metadata=option("projection", "inner width of a reparametrising MLP", int, shown="none"),
+    )
+    form: str = field(
+        default="fixed",
+        metadata=option(
+            "form",
+            "positions of real tokens stay, or move on as in HF PEFT",
+            str,
+            choices=FORMS,
+        ),
+    )
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -111,7 +124,7 @@ class Prefix(Wrapper):
         window: how many keys a local layer sees, in the form that counts the prefix among them.
     """
 
-    cannot_merge = "keys and values before the real ones are no change of a weight"
+    cannot_merge = "keys and values before the real ones do not change weights"
     whole_model = True
 
     def __init__(
@@ -123,7 +136,7 @@ class Prefix(Wrapper):
     def changed(
         self, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        """K, v (B, H, S, N) -> (B, H, K + S, N), and the mask with K columns more."""
+        """k, v (B, H, S, N) -> (B, H, K + S, N), and the mask with K columns more."""
         P = self.source.of_layer(self.i).to(k.dtype)  # (K, 2 D)
         P_k, P_v = P.unflatten(1, (2, -1, self.N)).permute(1, 2, 0, 3)  # (H, K, N) each
         k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], -2) for p, x in ((P_k, k), (P_v, v)))
@@ -200,3 +213,49 @@ def slots_named(model: nn.Module, end: str) -> dict[str, nn.Module]:
             f"{type(model).__name__} has no slot for a {end}: this method needs a model of minigpt"
         )
     return slots
+
+
+# P itself is saved, not the network that computed it
+HARMLESS = {"encoder_hidden_size", "init_weights", "prefix_projection"}
+
+
+def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Its lines of `adapter_config.json`, with the shape of the model."""
+    config = method.config
+    layers = [w for w in method.wrappers.values() if isinstance(w, Prefix)]
+    width = layers[0].tensors()["prompt_embeddings"].size(1) // (2 * len(layers))
+    return {
+        "peft_type": "PREFIX_TUNING" if config.form == "peft" else "PREFIX",
+        "task_type": getattr(model, "task_type", None),
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "token_dim": width,
+        "num_layers": len(layers),
+        "num_attention_heads": width // layers[0].N,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": config.encoder_hidden_size or width,
+        "prefix_projection": False,
+    }
+
+
+def from_json(raw: Mapping[str, Any]) -> PrefixConfig:
+    """The config; the form is that of the `peft_type`."""
+    known = fields.read(raw, PrefixConfig, HARMLESS | set(fields.SHAPES))
+    known = {name: value for name, value in known.items() if name not in HARMLESS}
+    return PrefixConfig(**known, form="fixed" if raw["peft_type"] == "PREFIX" else "peft")
+
+
+def from_options(given: dict[str, Any]) -> PrefixConfig:
+    """The config of a command's options: an inner width asks for the MLP."""
+    return PrefixConfig(**given, prefix_projection="encoder_hidden_size" in given)
+
+
+METHOD = MethodSpec(
+    "prefix",
+    PrefixConfig,
+    build,
+    1e-2,
+    ("PREFIX_TUNING", "PREFIX"),
+    to_json,
+    from_json,
+    from_options,
+)

@@ -10,14 +10,16 @@ that of the first vector, as in HF PEFT.)  K D parameters.
 Shapes:  B batch   T time   D width   K prompt length
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_lite import saved
-from peft_lite.method import Method
+from peft_lite import fields, saved
+from peft_lite.method import Method, MethodSpec
+from peft_lite.options import option
 from peft_lite.prefix import check_count, slots_named
 from peft_lite.select import nearest
 from peft_lite.wrapper import Wrapper, dense_weight, innermost, named_layers
@@ -35,7 +37,7 @@ class PromptConfig:
         modules_to_save: modules that train whole, as copies, and are saved with the prompt.
     """
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = field(default=20, metadata=option("virtual_tokens", "length", int))
     prompt_tuning_init: str = "SAMPLE_VOCAB"
     modules_to_save: Sequence[str] | None = None
 
@@ -52,7 +54,7 @@ class PromptConfig:
 class Prompt(Wrapper):
     """P, in the slot that the embeddings have for it."""
 
-    cannot_merge = "vectors before the tokens are no change of a weight"
+    cannot_merge = "vectors before the tokens do not change weights"
     whole_model = True
 
     def __init__(self, base: nn.Module, start: Tensor) -> None:
@@ -70,7 +72,7 @@ class Prompt(Wrapper):
         return len(self.prompt) if self.active else int(self.base.shift)  # type: ignore[arg-type]
 
     def changed(self, x: Tensor, position_ids: Tensor, start: bool) -> tuple[Tensor, Tensor]:
-        """X (B, T, D), their positions (B or 1, T) -> [P; X] at the start of a sequence, else X."""
+        """x (B, T, D), their positions (B or 1, T) -> [P; X] at the start of a sequence, else x."""
         K = len(self.prompt)
         position_ids = position_ids + K
         if start:
@@ -95,3 +97,32 @@ def build(model: nn.Module, config: PromptConfig) -> Method:
         start = table[torch.randint(len(table), (K,), device=table.device)]
     wrappers: dict[str, Wrapper] = {name: Prompt(slot, start)}
     return Method("prompt", config, saved.add(model, config.modules_to_save, wrappers))
+
+
+HARMLESS = {"prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"}
+
+
+def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Its lines of `adapter_config.json`, with the shape of the model."""
+    (prompt,) = (w for w in method.wrappers.values() if isinstance(w, Prompt))
+    attentions = [m for _, m in named_layers(model) if hasattr(m, "head_width")]
+    width = prompt.prompt.size(1)
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": getattr(model, "task_type", None),
+        "num_virtual_tokens": len(prompt.prompt),
+        "token_dim": width,
+        "num_layers": len(attentions),
+        "num_attention_heads": width // int(attentions[0].head_width),  # type: ignore[arg-type]
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+    }
+
+
+def from_json(raw: Mapping[str, Any]) -> PromptConfig:
+    """The config; how the vectors started does not matter any more."""
+    known = fields.read(raw, PromptConfig, HARMLESS | set(fields.SHAPES))
+    return PromptConfig(**{**known, "prompt_tuning_init": "RANDOM"})
+
+
+METHOD = MethodSpec("prompt", PromptConfig, build, 1e-2, ("PROMPT_TUNING",), to_json, from_json)

@@ -1,6 +1,6 @@
 """Modules that train whole beside a method (HF PEFT's `modules_to_save`): a classifier, mostly.
 
-Each is replaced by a copy that trains; the model's own module waits behind it, unchanged.
+Each is replaced by a copy that trains; the original module is kept unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,6 +40,6 @@ def add(
 
 
 def outside(weights: Mapping[str, InPlace], wrappers: Mapping[str, Wrapper]) -> dict[str, InPlace]:
-    """The weights that no copy stands for."""
+    """The weights that lie outside the copied modules."""
     copied = tuple(f"{name}." for name, w in wrappers.items() if isinstance(w, Copied))
     return {name: weight for name, weight in weights.items() if not name.startswith(copied)}

@@ -106,7 +106,7 @@ def in_layers(layers: Mapping[str, V], numbers: Sequence[int] | int | None) -> d
     block = {n: next((int(p) for p in n.split(".")[:-1] if p.isdecimal()), None) for n in layers}
     if absent := wanted - set(block.values()):
         valid = sorted(b for b in set(block.values()) if b is not None)
-        raise ValueError(f"layers_to_transform: {min(absent)} is no block of {valid}")
+        raise ValueError(f"layers_to_transform: {min(absent)} is not a block of {valid}")
     return {name: value for name, value in layers.items() if block[name] in wanted}
 
 
@@ -169,7 +169,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def _head_names(model: nn.Module) -> set[str]:

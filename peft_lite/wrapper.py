@@ -1,10 +1,11 @@
-"""Modules that stand around others: how a method changes what a layer computes, and steps aside.
+"""Modules around other modules: how a method changes what a layer computes, and is switched off.
 
     wrapper(x) = changed(x)   while the method is active
                = base(x)      otherwise
 
-A layer may carry several wrappers, `base` within `base`.  Patterns and checkpoint names never see
-them: `named_layers` lists a model as if no method had touched it.
+A wrapper calls its base, whatever that is: a layer with hooks or with a forward pass of its own, or
+another wrapper.  Patterns and checkpoint names never see wrappers: `named_layers` lists a model as
+if nothing were attached.
 """
 
 from collections.abc import Iterator
@@ -16,17 +17,20 @@ from torch import Tensor, nn
 
 
 class Wrapper(nn.Module):
-    """Stands around `base`.
+    """A module around `base`.
 
     Attributes:
-        active: whether it acts.
-        depth: a wrapper stands inside those of greater depth.
+        active: whether the method is active.
+        depth: a wrapper is inside those of greater depth.
         whole_model: whether its tensors belong to the model, not to one layer.
+        takes_rows: whether it can change some rows of a batch only.
+        cannot_merge: why the method has no merged form; None where it has one.
     """
 
     depth = 0
     whole_model = False
-    cannot_merge: str | None = "it is no change of a weight"
+    takes_rows = False
+    cannot_merge: str | None = "this method does not change weights"
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -34,15 +38,23 @@ class Wrapper(nn.Module):
         self.active = True
         self.training = base.training
 
+    @property
+    def acts(self) -> bool:
+        """Whether its output differs from the base's."""
+        return self.active
+
     def forward(self, *inputs: Any) -> Any:
         return self.changed(*inputs) if self.active else self.base(*inputs)
 
     def changed(self, *inputs: Any) -> Any:
-        """What the method makes of the inputs."""
+        """The layer's output with the method's change."""
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Called when the wrapper stands in the model and no other method of its kind acts."""
+        """Called once the wrapper is in the model and no other method of its kind is active."""
+
+    def take_rows(self, rows: Tensor | None, batch: int = 0) -> None:
+        """Change only these rows of a batch of this size; None: all.  See `takes_rows`."""
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that the method trains."""
@@ -50,24 +62,24 @@ class Wrapper(nn.Module):
         return (p for p in self.parameters() if id(p) not in base)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved, under the ends of the names in HF PEFT's files."""
+        """The tensors to save, under the endings that HF PEFT's files use."""
         raise NotImplementedError
 
     def left(self) -> nn.Module:
-        """What stays in the model when the method is folded into it."""
+        """The module that replaces the wrapper when the method is folded."""
         return self.base
 
 
 class WeightWrapper(Wrapper):
-    """A wrapper that amounts to other weights, and so can be merged into the layer it stands at."""
+    """A wrapper whose change equals a change of the layer's weights, so that it can be merged."""
 
     cannot_merge = None
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
         self.merged = False
-        self.tied: tuple[nn.Parameter, ...] = ()  # what an untied weight was tied to
-        # the layer's own tensors while it holds the new ones; buffers, to move with the model
+        self.tied: tuple[nn.Parameter, ...] = ()  # the shared parameter, while the layer is untied
+        # the layer's original tensors while it is merged; buffers, so that they move with the model
         self.register_buffer("original_weight", None, persistent=False)
         self.register_buffer("original_bias", None, persistent=False)
 
@@ -85,12 +97,12 @@ class WeightWrapper(Wrapper):
         return y
 
     def new_weights(self) -> dict[str, Tensor]:
-        """`weight`, and `bias` where it changes too, that make the plain layer compute the same."""
+        """The merged `weight`, and `bias` where it changes: with them the plain layer is equal."""
         raise NotImplementedError
 
     @torch.no_grad()
     def merge(self, untie: bool) -> None:
-        """Puts the new weights into the layer.  Its own are kept."""
+        """Puts the merged weights into the layer and keeps the original ones."""
         layer = self.layer
         if untie:
             self.tied = (layer.weight,)
@@ -102,7 +114,7 @@ class WeightWrapper(Wrapper):
         self.merged = True
 
     def unmerge(self) -> None:
-        """Puts the layer's own weights back, to the bit."""
+        """Restores the layer's original weights to the bit."""
         for name in ("weight", "bias"):
             original = getattr(self, f"original_{name}")
             if original is not None:
@@ -115,7 +127,7 @@ class WeightWrapper(Wrapper):
 
 
 class Copied(Wrapper):
-    """A copy of a module that trains in its place (HF PEFT's `modules_to_save`)."""
+    """A copy of a module that is trained and used instead of it (HF PEFT's `modules_to_save`)."""
 
     depth = 9
     cannot_merge = None
@@ -143,7 +155,7 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def within(wrapper: WeightWrapper) -> Iterator[WeightWrapper]:
-    """The wrappers inside this one that amount to other weights."""
+    """The wrappers inside this one that can be merged."""
     module = wrapper.base
     while isinstance(module, Wrapper):
         if isinstance(module, WeightWrapper):
@@ -152,9 +164,38 @@ def within(wrapper: WeightWrapper) -> Iterator[WeightWrapper]:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as a plain matrix, in float32 or wider."""
+    """The weight of a layer as a plain matrix, in float32 or wider.
+
+    Raises:
+        ValueError: the weight is packed, so its numbers are codes.
+    """
     weight: Tensor = layer.weight  # type: ignore[assignment]
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the weight of {type(layer).__name__} is packed as {weight.dtype}, must be floating "
+            "point: dequantize the layer first"
+        )
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def merge_obstacle(layer: nn.Module) -> str | None:
+    """Why other weights in the layer would not have the effect of the wrapper around it, or None.
+
+    Merging needs a layer that computes x W^T + b or looks up E[id], and W itself to change.
+    """
+    kind, weight = type(layer), layer._parameters.get("weight")
+    plain = (nn.Linear.forward, nn.Embedding.forward, getattr(kind, "plain_linear", None))
+    if kind.forward not in plain or "forward" in layer.__dict__:
+        return f"{kind.__name__} has a forward pass of its own"
+    if weight is None:
+        return f"the weight of {kind.__name__} is parametrized or pruned"
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        return f"the weight of {kind.__name__} is packed as {weight.dtype}"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return f"{kind.__name__} has forward hooks, which can change what it computes"
+    if getattr(layer, "max_norm", None) is not None:
+        return f"{kind.__name__} rescales its rows to max_norm"
+    return None
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -176,21 +217,21 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """`model.named_parameters(remove_duplicate=False)` as if nothing were attached."""
     for name, layer in named_layers(model):
-        for own, p in layer.named_parameters(recurse=False):
-            yield f"{name}.{own}" if name else own, p
+        for end, p in layer.named_parameters(recurse=False):
+            yield f"{name}.{end}" if name else end, p
 
 
 def insert(model: nn.Module, name: str, wrapper: Wrapper) -> None:
-    """Puts `wrapper` around the layer called `name`, inside the wrappers of greater depth."""
+    """Puts `wrapper` around the layer at `name`, inside the wrappers of greater depth."""
     path = _path(model, name)
-    while isinstance(there := model.get_submodule(path), Wrapper) and there.depth > wrapper.depth:
+    while isinstance(base := model.get_submodule(path), Wrapper) and base.depth > wrapper.depth:
         path = f"{path}.base"
-    wrapper.base = there
+    wrapper.base = base
     model.set_submodule(path, wrapper, strict=True)
 
 
 def remove(model: nn.Module, name: str, wrapper: Wrapper, left: nn.Module) -> None:
-    """Takes `wrapper` away from the layer called `name`; `left` stands where it stood."""
+    """Replaces `wrapper` at the layer `name` by `left`."""
     path = _path(model, name)
     while model.get_submodule(path) is not wrapper:
         path = f"{path}.base"

@@ -16,7 +16,7 @@ from minigpt.models.config import positive
 from minigpt.models.gpt_neo import GPTNeo
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods, runs
-from minigpt.settings.methods import MethodOptions
+from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar
@@ -24,17 +24,6 @@ from minigpt.training.schedule import SCHEDULES
 from minigpt.training.train import TrainConfig, checkpoint_activations, evaluate, train
 from peft_lite import report
 
-LR = {
-    "full": 5e-5,
-    "freeze": 5e-5,
-    "bias": 1e-3,
-    "lora": 1e-3,
-    "dora": 1e-3,
-    "ia3": 3e-3,
-    "bottleneck": 1e-3,
-    "prefix": 1e-2,
-    "prompt": 1e-2,
-}
 PROMPT, SAMPLE = 24, 120  # tokens
 
 

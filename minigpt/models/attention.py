@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.models.linear import Linear
-from minigpt.models.slots import NoPrefix, Projection
+from minigpt.models.slots import NoPrefix
 
 
 def visible(
@@ -110,7 +110,6 @@ class Attention(nn.Module):
         self.key = Linear(width, width, bias=bias)
         self.value = Linear(width, width, bias=bias)
         self.output = Linear(width, width)
-        self.project = Projection()
         self.prefix = NoPrefix()
         self.attend = fast_attention
         self.head_width = width // heads
@@ -126,7 +125,7 @@ class Attention(nn.Module):
         """
         q, k, v = (
             y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, T, D) -> (B, H, T, N)
-            for y in self.project(x, self.query, self.key, self.value)
+            for y in (self.query(x), self.key(x), self.value(x))
         )
         if cache is not None:
             k, v = cache.append(k, v)

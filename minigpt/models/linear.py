@@ -40,6 +40,8 @@ class Linear(nn.Linear):
             return super().forward(x)
         return y.view(*x.shape[:-1], self.out_features)
 
+    plain_linear = forward  # it computes x W^T + b, so a fused product may stand in for it
+
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Rows x (M, K) -> (M, N) by y^T = W x^T, with a column of zeros beside a single one."""

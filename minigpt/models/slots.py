@@ -1,20 +1,10 @@
 """Where a fine-tuning method can enter a model without a flag in a forward pass.
 
-Three modules stand in the models to be replaced: the one that projects x to q, k, v, the one
-through which keys and values pass, and the one through which embedded tokens pass.  As they are
-they do nothing of their own.
+Two modules stand in the models to be replaced: the one through which keys and values pass, and the
+one through which embedded tokens pass.  They return their inputs unchanged.
 """
 
 from torch import Tensor, nn
-
-
-class Projection(nn.Module):
-    """x -> q, k, v.  A module of its own so that it can be replaced by one that shares work."""
-
-    def forward(
-        self, x: Tensor, query: nn.Module, key: nn.Module, value: nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return query(x), key(x), value(x)
 
 
 class NoPrefix(nn.Module):

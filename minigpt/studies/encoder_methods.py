@@ -51,7 +51,7 @@ def attach(model: Bert, method: str, new: Sequence[str]) -> peft_lite.Handle | N
         return None
     if method == FLOOR:
         return peft_lite.attach(model, peft_lite.FreezeConfig(train=new))
-    config = methods.METHODS[method](MethodOptions(method=method))
+    config = methods.config(MethodOptions(method=method))
     if method != "freeze":  # which trains all that it does not freeze, these modules too
         config = replace(config, modules_to_save=new)
     return peft_lite.attach(model, config)

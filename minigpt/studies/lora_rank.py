@@ -140,7 +140,7 @@ def attach(model: nn.Module, settings: Settings, arm: str) -> None:
             alpha=settings.alpha,
         )
         # s = alpha / sqrt(r)
-        peft_lite.attach(model, replace(methods.METHODS["lora"](lora), use_rslora=True))
+        peft_lite.attach(model, replace(methods.config(lora), use_rslora=True))
 
 
 def run(folder: Path, settings: Settings, share: Fraction, seed: int) -> Result:

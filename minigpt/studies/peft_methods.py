@@ -49,7 +49,6 @@ from minigpt.objectives.classify import (
     consecutive_examples,
     predict,
 )
-from minigpt.settings import methods
 from minigpt.settings.options import option
 from minigpt.studies import figures as styles
 from minigpt.studies.claims import Finding, about, above, below, count
@@ -145,7 +144,8 @@ def parts(settings: Settings) -> list[Part]:
     at_least(settings, 2, "rounds")
     for method in METHODS:
         settings.training(method)
-    check_encoder(settings.model, settings.sequence_length, methods.TOKENS)
+    longest = peft_lite.PrefixConfig().num_virtual_tokens
+    check_encoder(settings.model, settings.sequence_length, longest)
     settings.rows(seed=0)
     costs = [Part(f"cost-{method}", cost, (settings, method)) for method in METHODS]
     qualities = [

@@ -200,7 +200,9 @@ def test_fold_refuses_to_drop_a_prefix_beside_a_merged_lora() -> None:
 def test_ia3_alone_is_not_merged_over_a_lora_that_acts() -> None:
     model, handle, x, expected = layered("lora, ia3 after", ("lora", "ia3"))
     attached = Picture(model)
-    with pytest.raises(ValueError, match="cannot merge 'ia3' alone: another acts within it"):
+    with pytest.raises(
+        ValueError, match="cannot merge 'ia3' alone: another active method is inside it"
+    ):
         handle.merge("ia3")
     assert Picture(model) == attached
     handle.merge("lora")
@@ -370,13 +372,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Any, str]] = {
         "gpt-neo",
         {"freezing": FreezeConfig(train=["mlp"])},
         LoraConfig(["query", "mlp.up"]),
-        r"blocks\.0\.mlp\.up\.weight trains under 'freezing': what 'new' adds",
+        r"blocks\.0\.mlp\.up\.weight trains under 'freezing': 'new' changes the same weight",
     ),
     "a weight that has a lora trains": (
         "bert",
         {"lora": LORA},
         FreezeConfig(freeze=["embeddings"]),
-        r"\.weight trains under 'new': what 'lora' adds",
+        r"\.weight trains under 'new': 'lora' changes the same weight",
     ),
     "ia3 on a weight that trains": (
         "gpt-neo",
@@ -526,7 +528,7 @@ def test_one_that_rests_is_not_merged() -> None:
     model = fresh("gpt-neo")
     handle = put(model, {"a": LORA, "b": LoraConfig(["query"])})
     attached = Picture(model)
-    with pytest.raises(ValueError, match="'a' does not act: switch to it"):
+    with pytest.raises(ValueError, match="'a' is not active: switch to it"):
         handle.merge("a")
     assert Picture(model) == attached
 

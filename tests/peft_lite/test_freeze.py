@@ -150,7 +150,7 @@ def test_flags_are_set_for_what_was_frozen_before() -> None:
         ({"freeze": ["iner"]}, "'iner' matches no parameter .*'inner'"),
         ({"freeze": ["inner", "head"]}, "'head' matches no parameter"),
         ({"train": ["inner", "head"]}, "'head' matches no parameter"),
-        ({"train": "inner["}, "no regular expression"),
+        ({"train": "inner["}, "not a regular expression"),
         ({"freeze": ["inner", "out"]}, "leaves nothing to train"),
         ({"freeze": "."}, "leaves nothing to train"),
         ({"train": []}, "nothing"),

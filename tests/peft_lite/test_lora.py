@@ -374,7 +374,7 @@ BAD_CONFIGS = {
     "alpha pattern": ({"alpha_pattern": {"inner.7": 3}}, r"alpha_pattern 'inner.7'"),
     "pattern for an end within a word": ({"alpha_pattern": {"ut": 3}}, r"alpha_pattern 'ut'"),
     "pattern for a layer that is not targeted": ({"rank_pattern": {"inner.0": 3}}, "inner.0"),
-    "broken expression": ({"target_modules": "out("}, "no regular expression"),
+    "broken expression": ({"target_modules": "out("}, "not a regular expression"),
     "no target": ({"target_modules": []}, "empty"),
 }
 

@@ -349,9 +349,9 @@ NOT_SUMMED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "nan": (LoraConfig(["query"]), {"a": math.nan}, "weight of 'a' is nan"),
     "infinite": (LoraConfig(["query"]), {"a": 1.0, "other": -math.inf}, "of 'other' is -inf"),
     "a word": (LoraConfig(["query"]), {"a": "1"}, "weight of 'a' is '?1"),
-    "dora": (DoraConfig(["query"]), {"a": 1.0, "other": 1.0}, "'other' is no LoRA"),
-    "ia3": (IA3Config(["key"]), {"other": 1.0}, "'other' is no LoRA"),
-    "bottleneck": (BottleneckConfig(), {"other": 1.0}, "'other' is no LoRA"),
+    "dora": (DoraConfig(["query"]), {"a": 1.0, "other": 1.0}, "'other' is not a LoRA"),
+    "ia3": (IA3Config(["key"]), {"other": 1.0}, "'other' is not a LoRA"),
+    "bottleneck": (BottleneckConfig(), {"other": 1.0}, "'other' is not a LoRA"),
     "bias": (LoraConfig(["query"], bias="all"), {"other": 1.0}, "'other' trains biases"),
     "module": (
         LoraConfig(["query"], modules_to_save=["mlp_norm"]),

@@ -151,7 +151,7 @@ NO_MATCH: dict[str, tuple[str, Any, str]] = {
     "one of two": ("bert", LoraConfig(["query", "valeu"]), r"'valeu' .*'value'"),
     "dora target": ("bert", DoraConfig(["mlp.uq"]), r"target 'mlp\.uq' matches no"),
     "expression": ("gpt-neo", LoraConfig(r".*\.quer"), r"target '\.\*\\\\\.quer' matches no"),
-    "broken expression": ("gpt-neo", LoraConfig(r"(query"), "is no regular expression"),
+    "broken expression": ("gpt-neo", LoraConfig(r"(query"), "is not a regular expression"),
     "no target": ("gpt-neo", LoraConfig([]), "target_modules is empty"),
     "container": ("gpt-neo", LoraConfig(["attention"]), "target 'attention' matches no Linear"),
     "rank pattern": (
@@ -164,12 +164,16 @@ NO_MATCH: dict[str, tuple[str, Any, str]] = {
         LoraConfig(["query"], alpha_pattern={"qery": 3}),
         r"alpha_pattern 'qery' .*did you mean 'query'",
     ),
-    "block": ("gpt-neo", LoraConfig(["query"], layers_to_transform=[0, 2]), r"2 is no block of"),
-    "negative block": ("bert", LoraConfig(["query"], layers_to_transform=-1), "-1 is no block of"),
+    "block": ("gpt-neo", LoraConfig(["query"], layers_to_transform=[0, 2]), r"2 is not a block of"),
+    "negative block": (
+        "bert",
+        LoraConfig(["query"], layers_to_transform=-1),
+        "-1 is not a block of",
+    ),
     "block of freezing": (
         "gpt-neo",
         FreezeConfig(train=["mlp"], layers_to_transform=[5]),
-        r"5 is no block of \[0, 1\]",
+        r"5 is not a block of \[0, 1\]",
     ),
     "bottleneck target": ("gpt-neo", BottleneckConfig(target_modules=["mpl"]), "'mpl' .*'mlp'"),
     "bottleneck on a norm": (
@@ -214,11 +218,15 @@ NO_MATCH: dict[str, tuple[str, Any, str]] = {
     },
     "module without weights": (
         "gpt-neo",
-        LoraConfig(["query"], modules_to_save=["project"]),
-        r"project has no parameter to train",
+        LoraConfig(["query"], modules_to_save=["prefix"]),
+        r"prefix has no parameter to train",
     ),
-    "no config": ("gpt-neo", "lora", "str is no config, must be one of LoraConfig, "),
-    "a class": ("gpt-neo", LoraConfig, "type is no config, must be one of"),
+    "no config": (
+        "gpt-neo",
+        "lora",
+        "str is not a config, must be one of FreezeConfig, BiasConfig, LoraConfig, ",
+    ),
+    "a class": ("gpt-neo", LoraConfig, "type is not a config, must be one of"),
 }
 
 
@@ -410,11 +418,15 @@ def test_a_field_without_code_is_refused_in_every_kind_of_file(
     peft_lite.load(gpt_neo(), tmp_path)
     for field, value in [("from_the_future", 0.5), ("modules_to_sav", ["head"])]:
         path.write_text(json.dumps({**raw, field: value}))
-        refuse(gpt_neo(), tmp_path, rf"adapter_config\.json: {field} = .* has no code here")
+        refuse(gpt_neo(), tmp_path, rf"adapter_config\.json: {field} = .* is not supported")
     path.write_text(json.dumps({**raw, "modules_to_save": ["final_norm"]}))
     refuse(gpt_neo(), tmp_path, r"final_norm|modules_to_save")
     path.write_text(json.dumps({**raw, "peft_type": "LORRA"}))
-    refuse(gpt_neo(), tmp_path, "peft_type 'LORRA' has no code here, must be one of LORA")
+    refuse(
+        gpt_neo(),
+        tmp_path,
+        "peft_type 'LORRA' is not supported, must be one of FREEZE, BIAS, LORA, ",
+    )
 
 
 WRONG_IN_FILES: list[tuple[str, dict[str, Any]]] = [

@@ -350,7 +350,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 OPTIONS = {
     "--target that matches nothing": (["--target", "quary"], "'quary'.*'query'"),
-    "--target with a broken expression": (["--target", "(query"], "no regular expression"),
+    "--target with a broken expression": (["--target", "(query"], "not a regular expression"),
     "--target of nothing": (["--target", ","], "target_modules is empty"),
     "--target with full": (["--method", "full", "--target", "query"], "--target belongs to"),
     "--target with freeze": (["--method", "freeze", "--target", "query"], "--target belongs to"),

@@ -179,18 +179,6 @@ def test_prefix_slot_adds_keys_and_values():
     assert_close(module(x, None, True).detach(), (expected + module.output.bias).detach())
 
 
-def test_projection_slot_decides_what_is_attended():
-    class Swapped(torch.nn.Module):
-        def forward(self, x, query, key, value):
-            return query(x), key(x), 2 * value(x)
-
-    module, x = attention(bias=False), torch.randn(2, 6, 12)
-    before = module(x, None, True) - module.output.bias
-    module.project = Swapped()
-    after = module(x, None, True) - module.output.bias
-    assert_close(after.detach(), 2 * before.detach())
-
-
 def test_positions_are_those_of_the_last_tokens():
     assert positions(3, 8, 8, torch.device("cpu")).tolist() == [[5, 6, 7]]
 
