@@ -10,13 +10,13 @@ Shapes:  B batch   T time (prompt)   V vocabulary
 import torch
 from torch import Tensor
 
-from minigpt.models.gpt_neo import GPTNeo
+from minigpt.models.architecture import Decoder
 from minigpt.models.mode import mode
 
 
 @torch.no_grad()
 def generate(
-    model: GPTNeo,
+    model: Decoder,
     input_ids: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
@@ -87,7 +87,7 @@ def _choose(
 
 
 def _check(
-    model: GPTNeo,
+    model: Decoder,
     input_ids: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None,
@@ -122,7 +122,7 @@ def _check(
         )
 
 
-def _check_eos(model: GPTNeo, eos_token_id: int | None) -> None:
+def _check_eos(model: Decoder, eos_token_id: int | None) -> None:
     size = model.config.vocab_size
     if eos_token_id is not None and not 0 <= eos_token_id < size:
         raise ValueError(f"eos_token_id is {eos_token_id}, must lie in [0, {size})")

@@ -12,14 +12,13 @@ import torch
 
 import peft_lite
 from minigpt import studies
-from minigpt.checkpoints.directory import load
+from minigpt.checkpoints.directory import load, outline
 from minigpt.checkpoints.source import find
 from minigpt.commands.finetune import Finetune, finetune
 from minigpt.commands.pretrain import Pretrain, pretrain
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
-from minigpt.models.architectures import build, classes_named, read_config
-from minigpt.models.gpt_neo import GPTNeo
+from minigpt.models.architecture import without_values
 from minigpt.settings import methods, runs
 from minigpt.settings.methods import MethodOptions
 from minigpt.settings.options import add_options, option
@@ -56,7 +55,6 @@ def generate_text(settings: Generate) -> None:
     tokenizer = Tokenizer.load(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(directory, head="causal-lm", device=device)
-    assert isinstance(model, GPTNeo)
     tokenizer.check(model.config.vocab_size)
     if settings.adapter is not None:
         peft_lite.load(model, settings.adapter)
@@ -78,10 +76,8 @@ def generate_text(settings: Generate) -> None:
 
 def info(settings: Info) -> None:
     """Prints the parameter table of a model under a method; no weight is read."""
-    directory = find(settings.model)
-    architecture, config, head = read_config(directory)
-    with torch.device("meta"):
-        model = build(architecture, config, head, classes_named(directory))
+    model = outline(settings.model)
+    with without_values():
         methods.attach(model, settings)
     print(peft_lite.report(model))
 

@@ -12,8 +12,8 @@ from minigpt.checkpoints.source import find
 from minigpt.data.text import RandomWindows, consecutive_windows, read_text, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
+from minigpt.models.architecture import Decoder
 from minigpt.models.config import positive
-from minigpt.models.gpt_neo import GPTNeo
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods, runs
 from minigpt.settings.methods import LR, MethodOptions
@@ -83,7 +83,6 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     tokenizer = Tokenizer.load(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(directory, head="causal-lm", device=device)
-    assert isinstance(model, GPTNeo)
     tokenizer.check(model.config.vocab_size)
     train_ids, heldout_ids = (
         torch.tensor(tokenizer.encode(part)) for part in split_text(text, settings.heldout)
@@ -141,7 +140,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     return summary
 
 
-def _sample(model: GPTNeo, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
+def _sample(model: Decoder, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
     """What the model makes of the beginning of the held-out text."""
     new = min(SAMPLE, model.max_tokens - prompt.size(1))
     random = torch.Generator(prompt.device).manual_seed(seed)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from minigpt.checkpoints.directory import load
+from minigpt.checkpoints.directory import load, outline
 from minigpt.checkpoints.source import find
 from minigpt.data.labelled import Rows, balanced, read_parts
 from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.models.architectures import outline, read_config
 from minigpt.models.bert import Bert
 from minigpt.objectives.classify import Example, consecutive_examples, encode
 
@@ -45,8 +44,7 @@ def check_encoder(source: str, length: int, prompt: int = 0) -> None:
     tokens beside a prompt of so many; reads no weight.
     """
     directory = find(source)
-    architecture, config, _ = read_config(directory)
-    model = outline(architecture, config, "classification")
+    model = outline(directory, head="classification")
     tokenizer = Tokenizer.load(directory)
     tokenizer.check(model.config.vocab_size)
     encode([("", 0)], tokenizer, length)
