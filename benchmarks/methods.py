@@ -30,7 +30,8 @@ import peft_lite
 from benchmarks.common import OURS, checkpoint, fresh, options, write_each
 from benchmarks.sides import LR, batch, config, tokens
 from minigpt import GPTNeo, load
-from minigpt.objectives.causal import IGNORED, language_model_loss
+from minigpt.data.text import IGNORED
+from minigpt.objectives.causal import language_model_loss
 from minigpt.training import memory
 from minigpt.training.train import Row, train
 from peft_lite import (

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt import GPTNeo, TrainConfig, load
-from minigpt.data.text import Batch
-from minigpt.objectives.causal import IGNORED
+from minigpt.data.text import IGNORED, Batch
 from minigpt.settings.methods import MethodOptions, attach
 from peft_lite import Handle
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minigpt.checkpoints.source import find, read_tensors
+from minigpt.files import publish
 from minigpt.models.architecture import (
     Architecture,
     Decoder,
@@ -25,7 +26,6 @@ from minigpt.models.architecture import (
 )
 from minigpt.models.architectures import read_config
 from minigpt.models.names import Names
-from minigpt.training.snapshot import publish
 
 logger = logging.getLogger("minigpt")
 

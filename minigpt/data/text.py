@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.objectives.causal import IGNORED
-
 Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a position without a prediction
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

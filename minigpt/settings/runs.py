@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minigpt.training.snapshot import publish
+from minigpt.files import publish
 
 S = TypeVar("S")
 

@@ -33,7 +33,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import peft_lite
-from minigpt.metrics.intervals import Estimate, difference, popular_share, popular_tokens, share
+from minigpt.metrics.intervals import Estimate, difference, share
+from minigpt.metrics.popular_tokens import popular_share, popular_tokens
 from minigpt.models.gpt_neo import GPTNeo
 from minigpt.settings.options import option
 from minigpt.studies.claims import Finding, above, below, count

@@ -8,7 +8,6 @@ a kill at any moment, or a file cut short later, costs steps but never the run.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from minigpt.files import publish
 
 KEPT = 2  # how many snapshots stay on disk
 
@@ -93,20 +94,6 @@ def restore(
     return 0
 
 
-def publish(written: Path, final: Path) -> None:
-    """Gives a finished file its name, once its bytes are on the disk."""
-    written.chmod(0o644)  # safetensors makes files that only their owner may read
-    _flush(written)
-    os.replace(written, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def _check(
     file: Path,
     state: Mapping[str, object],
@@ -115,9 +102,9 @@ def _check(
     frozen: str,
 ) -> None:
     shapes = {f"parameter.{name}": p.shape for name, p in parameters.items()}
-    found = {name: t.shape for name, t in saved.items() if name.startswith("parameter.")}
-    if found != shapes:
-        different = sorted({name for name, _ in found.items() ^ shapes.items()})
+    stored = {name: t.shape for name, t in saved.items() if name.startswith("parameter.")}
+    if stored != shapes:
+        different = sorted({name for name, _ in stored.items() ^ shapes.items()})
         raise ValueError(f"{file} trains other tensors than this run: {', '.join(different[:4])}")
     if state["frozen"] != frozen:
         raise ValueError(f"{file} belongs to another base model: the frozen weights differ")

@@ -10,14 +10,12 @@ from minigpt.data.text import read_text
 from minigpt.metrics.intervals import (
     Estimate,
     difference,
-    longer_than,
     mean,
     perplexity,
-    popular_share,
-    popular_tokens,
     share,
     student,
 )
+from minigpt.metrics.popular_tokens import longer_than, popular_share, popular_tokens
 from tests.conftest import real_data
 
 NEWCOMBE = {  # Newcombe 1998, Statistics in Medicine 17, table I, method 3

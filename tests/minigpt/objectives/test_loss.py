@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_lite
 from minigpt import Bert, BertConfig
-from minigpt.objectives.causal import ROWS, chunked_cross_entropy, language_model_loss
+from minigpt.objectives.causal import language_model_loss
+from minigpt.objectives.cross_entropy import ROWS, chunked_cross_entropy
 from tests import tiny
 
 M, D, V = 13, 8, 29
