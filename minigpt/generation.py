@@ -29,11 +29,10 @@ def generate(
     """Prompts (B, T) -> prompts and continuations (B, up to T + max_new_tokens).
 
     Args:
-        attention_mask: (B, T), 0 for padding, which stands at the left; positions count real
-            tokens.
+        attention_mask: (B, T), 0 for padding, at the left; positions count real tokens.
         temperature: 0 takes the most likely token.
-        eos_token_id: a row that has produced it is filled up with it, and when all rows have,
-            generation ends.
+        eos_token_id: a row that has produced it is filled with it; generation ends when all rows
+            have produced it.
         generator: source of randomness; None: torch's.
 
     Raises:
@@ -81,7 +80,7 @@ def _choose(
     p = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         descending, order = p.sort(descending=True, stable=True)
-        before = descending.cumsum(-1) - descending  # what the more likely tokens hold together
+        before = descending.cumsum(-1) - descending  # probability of all more likely tokens
         p = p.scatter(-1, order, descending.masked_fill(before >= top_p, 0.0))
     return torch.multinomial(p, 1, generator=generator)
 

@@ -12,8 +12,8 @@ from minigpt.metrics.intervals import Estimate, share
 def popular_tokens(
     ids: Iterable[int], k: int, allowed: Callable[[int], bool] = lambda token: True
 ) -> set[int]:
-    """The k most frequent token ids of a text among the allowed ones; of equally frequent ones, the
-    first to occur.
+    """The k most frequent token ids of a text among the allowed ones; of equally frequent ones
+    those that occur first.
 
     Raises:
         ValueError: k is not positive, or the text has fewer than k different allowed tokens.

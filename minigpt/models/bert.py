@@ -130,7 +130,7 @@ class ClassificationHead(nn.Module):
 
 
 class Bert(Model):
-    """Token ids (B, T) -> what the head makes of them.
+    """Token ids (B, T) -> the output of the head.
 
     Args:
         config: shapes and constants.
@@ -193,7 +193,7 @@ class Bert(Model):
         position_ids: Tensor | None,
         token_type_ids: Tensor | None,
     ) -> Tensor:
-        """The states of a prompt, where there is one, and those of the tokens."""
+        """The states of the prompt, if any, and of the tokens."""
         T = input_ids.size(1)
         if position_ids is None:
             position_ids = positions(T, T, self.max_tokens, input_ids.device)
@@ -222,7 +222,7 @@ class Bert(Model):
         return self.pooler(x[:, 0]).tanh()
 
     def _mask(self, padding: Tensor) -> Tensor:
-        """(B, T) -> (B, 1, 1, T): no query sees padding, unless a row is nothing else."""
+        """(B, T) -> (B, 1, 1, T): no query sees padding, except in a row of padding alone."""
         real = F.pad(padding, (self.embeddings.prompt.length, 0), value=1) != 0
         return (real | ~real.any(1, keepdim=True))[:, None, None, :]
 

@@ -67,7 +67,7 @@ class GPTNeoConfig:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """What each block sees: 'global' or 'local'."""
+        """The kind of attention of each block: 'global' or 'local'."""
         alternating = tuple(("global", "local")[i % 2] for i in range(self.num_layers))
         return alternating if self.attention_layers is None else self.attention_layers
 
@@ -193,8 +193,8 @@ class GPTNeo(Decoder):
     def _mask(
         self, T: int, S: int, window: int | None, padding: Tensor | None, device: torch.device
     ) -> tuple[Tensor | None, bool]:
-        """Mask and `causal` of one kind of block.  Where neither padding nor the window bites,
-        attention needs no mask: one query sees everything, T = S queries see a triangle.
+        """Mask and `causal` for blocks with this window.  Without padding, and with a window that
+        holds all slots, no mask is needed: a single query sees every key, T = S queries a triangle.
         """
         if padding is None and (window is None or window >= S) and T in (1, S):
             return None, T > 1

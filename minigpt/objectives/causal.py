@@ -21,7 +21,7 @@ from minigpt.settings.sizes import WINDOW, SizeOptions
 
 
 class LanguageModel(Protocol):
-    """A model whose states before the head can be had."""
+    """A model that gives its states before the head."""
 
     head: nn.Module
 
@@ -32,7 +32,7 @@ def language_model_loss(model: LanguageModel, batch: Batch) -> Tensor:
     """Mean loss in nats over the labels of a batch.
 
     `batch` holds `input_ids` and `labels`, both (B, T), and perhaps `attention_mask`; labels are
-    aligned with the states that predict them (shifted by the data, not here), -100 where none.
+    aligned with the states that predict them (the data shifts them), -100 where there is none.
     """
     x = model.hidden(batch["input_ids"], attention_mask=batch.get("attention_mask"))
     return chunked_cross_entropy(x, model.head, batch["labels"])

@@ -72,8 +72,8 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
 
 @dataclass(frozen=True)
 class ShuffledExamples:
-    """Batch i: the rows i B to i B + B - 1 of an endless row of epochs, each of which holds every
-    example once in an order of its own.
+    """Batch i: the rows i B to i B + B - 1 of an endless sequence of epochs, each of which holds
+    every example once, in a random order.
     """
 
     examples: Sequence[Example]
@@ -105,12 +105,12 @@ def classification_loss(model: Model, batch: Batch) -> Tensor:
 
 
 def accuracy(model: Model, batches: Iterable[Batch]) -> Estimate:
-    """Share of rows whose largest logit is the label's, with its interval; the mode stays."""
+    """Share of rows whose largest logit is the label's, with its interval."""
     return score(model, batches)[1]
 
 
 def score(model: Model, batches: Iterable[Batch]) -> tuple[float, Estimate]:
-    """Mean cross-entropy in nats over the rows, and the accuracy, out of one pass."""
+    """Mean cross-entropy in nats over the rows, and the accuracy, in one pass."""
     logits, labels = predict(model, batches)
     right = int((logits.argmax(-1) == labels).sum())
     return F.cross_entropy(logits, labels).item(), share(right, len(labels))
@@ -118,9 +118,7 @@ def score(model: Model, batches: Iterable[Batch]) -> tuple[float, Estimate]:
 
 @torch.no_grad()
 def predict(model: Model, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) and labels (n,) of all rows, on the CPU; without dropout, the mode
-    stays.
-    """
+    """Logits (n, classes) and labels (n,) of all rows, on the CPU, without dropout."""
     device = next(model.parameters()).device
     with mode(model, training=False):
         pairs = [

@@ -1,13 +1,13 @@
-"""Cross-entropy over the vocabulary without ever holding all the logits.
+"""Cross-entropy over the vocabulary that never holds all the logits.
 
     loss = 1/n sum_i  logsumexp(z_i) - z_i[y_i],    z_i = head(x_i),    n = number of labels
     d loss / d z_i = (softmax(z_i) - onehot(y_i)) / n
 
-The logits of a whole batch are the largest tensor of a training step, and autograd keeps them
-several times over.  Here a few rows at a time go through the head and straight back: the gradient
-of each piece is known as soon as its logits are, so nothing but d loss / dx remains.
-(The trick of Liger's fused linear cross-entropy, https://arxiv.org/abs/2410.10989; here the head is
-called, not read, so that whatever a method puts around it counts.)
+The logits of a whole batch are the largest tensor of a training step, and autograd keeps several
+copies of them.  Here the head takes a few rows at a time, and their gradient is computed at once:
+only d loss / dx is kept.  (The method of Liger's fused linear cross-entropy,
+https://arxiv.org/abs/2410.10989; here the head is called, its weight is not read, so that a method
+attached to the head takes part.)
 
 Shapes:  M rows (batch x time)   D width   V vocabulary
 """
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from minigpt.data.text import IGNORED
 
-ROWS = 256  # rows of logits alive at a time
+ROWS = 256  # rows of logits in memory at a time
 
 
 def chunked_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor, rows: int = ROWS) -> Tensor:
@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 z = head(x_piece)
             index = labels[piece, None].clamp(min=0)
             counted = labels[piece, None] != IGNORED
-            # from here on in place, in whatever layout the head gave: e = exp(z - max z), t = sum e
+            # in place from here on, in the head's own layout: e = exp(z - max z), t = sum e
             e = z.detach().to(dtype)
             largest = e.amax(-1, keepdim=True)
             shifted = e.gather(1, index) - largest
@@ -79,5 +79,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.gradients
-        del ctx.gradients  # handed over, not kept: autograd need not copy what nobody else holds
+        del ctx.gradients  # without a second reference autograd does not copy them
         return tuple(None if g is None else g.mul_(d_loss) for g in gradients)

@@ -1,17 +1,17 @@
 """Masked language modelling.  Devlin et al. 2018, section 3.1, https://arxiv.org/abs/1810.04805
 
-Of each row k = max(1, round(0.15 n)) of its n ordinary tokens are chosen, and the model says what
-they were:
+In each row k = max(1, round(0.15 n)) of its n ordinary tokens are chosen, and the model predicts
+them:
 
     a chosen token reads   [MASK] in 80 %,   any ordinary token in 10 %,   itself in 10 % of cases
     loss = - 1/k sum_(t chosen) log p(token_t | the row as it reads)
 
-A row is a window of a text between [CLS] and [SEP].  Special tokens are neither chosen nor put in
-another's place.  The batches are functions of the seed and their number alone.
+A row is a window of a text between [CLS] and [SEP].  Special tokens are neither chosen nor drawn as
+a replacement.  A batch is a function of the seed and its number alone.
 
-Nine batches of ten hold rows of a quarter of the length, four times as many: attention over long
-rows costs more than it teaches at first.  (The paper has the short rows first and the long ones in
-the last tenth of the steps; here they are mixed, so no schedule makes the long ones' rate small.)
+Nine of ten batches hold rows of a quarter of the length, four times as many: at first, attention
+over long rows costs more than it teaches.  (The paper has the long rows in the last tenth of the
+steps; here they are mixed with the short ones, so that not all fall where the rate is small.)
 
 Shapes:  B batch   T time   D width
 """
@@ -101,10 +101,10 @@ class MaskedWindows:
 def start_local(model: Bert) -> None:
     """Starts a fresh model with heads that look at near tokens.
 
-    Learned positions begin as noise that says nothing of near and far, and while no head knows its
-    neighbours a model learns which words occur in a text but not their order.  So, after Trockman
-    and Kolter 2023 (https://arxiv.org/abs/2305.09828), positions start as the sinusoids of Vaswani
-    et al. 2017 and keys as queries; training may change all of them.
+    Random positions do not encode distance, and a model whose heads cannot tell neighbours learns
+    which words occur in a text but not their order.  So, after Trockman and Kolter 2023
+    (https://arxiv.org/abs/2305.09828), positions start as the sinusoids of Vaswani et al. 2017 and
+    keys as copies of the queries; training may change all of them.
     """
     position = model.embeddings.position.weight
     T, D = position.shape
@@ -113,7 +113,7 @@ def start_local(model: Bert) -> None:
     position[:, : D // 2 * 2] = 0.1 * torch.cat([angle.sin(), angle.cos()], 1)
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         query, key = attention.query.weight, attention.key.weight
-        # q_t . k_s / sqrt(N) = 8 cos(x_t, x_s) on the average, with |x|^2 = D
+        # q_t . k_s / sqrt(N) = 8 cos(x_t, x_s) on average, with |x|^2 = D
         query.normal_(std=math.sqrt(8 / (D * math.sqrt(D / model.config.num_attention_heads))))
         key.copy_(query)
 
@@ -121,8 +121,8 @@ def start_local(model: Bert) -> None:
 def fixed_masked_windows(
     tokens: Tensor, length: int, batch_size: int, masking: Masking
 ) -> Iterator[Batch]:
-    """Windows side by side over `tokens` (n,), with the same masks whatever the seed of the run.
-    What remains at the end is a batch of one shorter row.
+    """Windows side by side over `tokens` (n,), with masks that do not depend on the run's seed.
+    The rest at the end is a batch of one shorter row.
     """
     if torch.isin(tokens, torch.tensor(masking.special)).all():
         raise ValueError("the held-out text has no token to mask")

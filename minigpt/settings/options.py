@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 
 def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a settings dataclass, with what `--help` says of it."""
+    """A field of a settings dataclass with its text for `--help`."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 

@@ -1,9 +1,9 @@
 """A training run's state in one file, written whole or not at all.
 
-`step-000120.safetensors` holds the trainable tensors, the optimizer's, the random generators', and
-in its header the number of updates made and a fingerprint of everything frozen.  A file is written
-under another name, flushed to the disk and then renamed; the one before it stays until the next, so
-a kill at any moment, or a file cut short later, costs steps but never the run.
+`step-000120.safetensors` holds the trainable tensors, the states of the optimizer and of the random
+generators, and in its header the number of updates and a fingerprint of all frozen tensors.  A file
+is written under another name, flushed to the disk and then renamed, and the last two are kept: a
+kill at any moment, or a damaged file, costs steps but never the run.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ KEPT = 2  # how many snapshots stay on disk
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all that training does not move."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors that do not train."""
     digest = hashlib.sha256()
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     for name, tensor in [*frozen, *model.named_buffers()]:
@@ -65,7 +65,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     frozen: str,
 ) -> int:
-    """Puts the newest whole snapshot back; returns its number of updates, 0 when there is none.
+    """Restores the newest whole snapshot; returns its number of updates, 0 when there is none.
 
     Raises:
         ValueError: the snapshot is of another model, or of another set of trainable tensors.

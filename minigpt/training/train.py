@@ -43,11 +43,11 @@ class TrainConfig:
         schedule: "linear", "cosine" or "constant", after `warmup_steps` of warm-up.
         schedule_steps: length of the schedule, T_sched >= T_train; None: T_train.
         max_norm: clip the global gradient norm to this; None: do not.
-        clip_from: the first updates, this many, are not clipped, T_0.
+        clip_from: number of first updates that are not clipped, T_0.
         accumulate: micro-batches in a step.
         bf16: run forward and backward in bfloat16 where autocast deems it safe.
-        evaluate_every: steps between two held-out losses; 0: none along the way.
-        snapshot_every: steps between two snapshots of the run; 0: none along the way.
+        evaluate_every: steps between two held-out losses; 0: none.
+        snapshot_every: steps between two snapshots of the run; 0: only at the end.
     """
 
     steps: int
@@ -100,7 +100,7 @@ class TrainConfig:
         return self.lr * factor
 
     def limit(self, t: int) -> float:
-        """Norm that the gradient of the update that follows `t` others is clipped to, c(t)."""
+        """Largest gradient norm of the update that follows `t` others, c(t)."""
         return math.inf if self.max_norm is None or t < self.clip_from else self.max_norm
 
 
@@ -135,11 +135,11 @@ def train(
         loss: `loss(model, batch)` -> scalar mean over the labels of the batch that are not -100.
         batches: micro-batch number -> batch; a pure function, so that a resumed run sees what an
             uninterrupted one would.
-        directory: where `metrics.jsonl` and `snapshots/` go; None: nowhere.
+        directory: folder of `metrics.jsonl` and `snapshots/`; None: nothing is written.
         heldout: batches whose mean loss is measured every `config.evaluate_every` steps.
         resume: continue from the newest whole snapshot of `directory`, if there is one.
         observe: called with each row of metrics.
-        probes: what else is measured in each step.
+        probes: further measurements at each step.
 
     Returns:
         One row a step, resumed ones included: step, loss and heldout_loss (nats a label), lr,
@@ -246,7 +246,7 @@ def _backward(model: nn.Module, loss: Loss, micro: Sequence[Batch], bf16: bool) 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool = False) -> float:
-    """Mean loss over all labels of `batches`, in nats, without dropout; the mode stays."""
+    """Mean loss over all labels of `batches`, in nats, without dropout."""
     total, n = 0.0, 0
     with mode(model, training=False):
         for batch in batches:
