@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write_each
 from benchmarks.sides import VOCABULARY
-from minigpt import GPTNeo, generate, load
+from minigpt import generate, load
 
 PROMPT, NEW = 16, 64
 LENGTHS = {1: (16,), 4: (16, 13, 9, 4)}  # batch size -> real tokens of each prompt
@@ -36,8 +36,7 @@ def prompts(size: int) -> tuple[Tensor, Tensor]:
 
 
 def ours(directory: Path) -> Generate:
-    model = load(directory)
-    assert isinstance(model, GPTNeo)
+    model = load(directory, head="causal-lm")
     return lambda ids, mask: generate(model, ids, NEW, attention_mask=mask, temperature=0)
 
 

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 import peft_lite
 from benchmarks.common import OURS, checkpoint, fresh, options, write_each
 from benchmarks.sides import LR, batch, config, tokens
-from minigpt import GPTNeo, load
-from minigpt.objectives.causal import IGNORED, language_model_loss
+from minigpt import load
+from minigpt.data.text import IGNORED
+from minigpt.models.architecture import Decoder
+from minigpt.objectives.causal import language_model_loss
 from minigpt.training import memory
 from minigpt.training.train import Row, train
 from peft_lite import (
@@ -62,9 +64,8 @@ METHODS: dict[str, Any] = {
 ABSENT = {"bottleneck"}  # from HF PEFT
 
 
-def our_model(directory: Path, method: str) -> tuple[GPTNeo, Handle | None]:
-    model = load(directory)
-    assert isinstance(model, GPTNeo)
+def our_model(directory: Path, method: str) -> tuple[Decoder, Handle | None]:
+    model = load(directory, head="causal-lm")
     if method == FULL:
         model.requires_grad_(True)
         return model, None

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt import GPTNeo, TrainConfig, load
-from minigpt.data.text import Batch
-from minigpt.objectives.causal import IGNORED
+from minigpt import TrainConfig, load
+from minigpt.data.text import IGNORED, Batch
+from minigpt.models.architecture import Decoder
 from minigpt.settings.methods import MethodOptions, attach
 from peft_lite import Handle
 
@@ -53,9 +53,8 @@ def config(steps: int) -> TrainConfig:
     return TrainConfig(steps=steps, lr=LR, schedule="constant")
 
 
-def our_model(directory: Path, method: str) -> tuple[GPTNeo, Handle | None]:
-    model = load(directory)
-    assert isinstance(model, GPTNeo)
+def our_model(directory: Path, method: str) -> tuple[Decoder, Handle | None]:
+    model = load(directory, head="causal-lm")
     return model, attach(model, METHODS[method])
 
 

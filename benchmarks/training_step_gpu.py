@@ -33,7 +33,8 @@ from benchmarks.routes import ROUTES
 from benchmarks.sides import LR, METHODS, VOCABULARY, their_model
 from benchmarks.training_step import check_trainable, copy_adapter
 from minigpt import load
-from minigpt.objectives.causal import IGNORED, language_model_loss
+from minigpt.data.text import IGNORED
+from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.methods import attach
 from minigpt_kernels import ClippedAdamW, dispatch
 

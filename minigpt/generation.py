@@ -10,13 +10,13 @@ Shapes:  B batch   T time (prompt)   V vocabulary
 import torch
 from torch import Tensor
 
-from minigpt.models.gpt_neo import GPTNeo
+from minigpt.models.architecture import Decoder
 from minigpt.models.mode import mode
 
 
 @torch.no_grad()
 def generate(
-    model: GPTNeo,
+    model: Decoder,
     input_ids: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
@@ -29,11 +29,10 @@ def generate(
     """Prompts (B, T) -> prompts and continuations (B, up to T + max_new_tokens).
 
     Args:
-        attention_mask: (B, T), 0 for padding, which stands at the left; positions count real
-            tokens.
+        attention_mask: (B, T), 0 for padding, at the left; positions count real tokens.
         temperature: 0 takes the most likely token.
-        eos_token_id: a row that has produced it is filled up with it, and when all rows have,
-            generation ends.
+        eos_token_id: a row that has produced it is filled with it; generation ends when all rows
+            have produced it.
         generator: source of randomness; None: torch's.
 
     Raises:
@@ -81,13 +80,13 @@ def _choose(
     p = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         descending, order = p.sort(descending=True, stable=True)
-        before = descending.cumsum(-1) - descending  # what the more likely tokens hold together
+        before = descending.cumsum(-1) - descending  # probability of all more likely tokens
         p = p.scatter(-1, order, descending.masked_fill(before >= top_p, 0.0))
     return torch.multinomial(p, 1, generator=generator)
 
 
 def _check(
-    model: GPTNeo,
+    model: Decoder,
     input_ids: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None,
@@ -122,7 +121,7 @@ def _check(
         )
 
 
-def _check_eos(model: GPTNeo, eos_token_id: int | None) -> None:
+def _check_eos(model: Decoder, eos_token_id: int | None) -> None:
     size = model.config.vocab_size
     if eos_token_id is not None and not 0 <= eos_token_id < size:
         raise ValueError(f"eos_token_id is {eos_token_id}, must lie in [0, {size})")

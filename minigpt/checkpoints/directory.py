@@ -1,34 +1,51 @@
 """Hugging Face checkpoints in and out of the native models.
 
-Every tensor of a checkpoint finds its place or is known to carry no weight; every place finds its
-tensor, or belongs to a head that the checkpoint lacks.  Anything else is an error that names the
-tensors.
+Loading is strict: every tensor of a checkpoint has a place in the model or is known to carry no
+weight, and every parameter of the model gets a tensor or belongs to a head that the checkpoint
+lacks.  Anything else is an error that names the tensors.
 """
 
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minigpt.checkpoints.source import find, read_tensors
-from minigpt.models.architectures import (
+from minigpt.files import publish
+from minigpt.models.architecture import (
     Architecture,
+    Decoder,
     Model,
-    architecture_of,
     config_json,
-    outline,
-    read_config,
+    num_labels_from,
 )
+from minigpt.models.architectures import read_config
 from minigpt.models.names import Names
-from minigpt.training.snapshot import publish
 
 logger = logging.getLogger("minigpt")
 
 
+@overload
+def load(
+    source: str | Path,
+    head: Literal["causal-lm"],
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Decoder: ...
+@overload
+def load(
+    source: str | Path,
+    head: str | None = None,
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Model: ...
 def load(
     source: str | Path,
     head: str | None = None,
@@ -52,22 +69,24 @@ def load(
     architecture, config, _ = read_config(directory)
     tensors = _rename(read_tensors(directory), architecture.names)
     head = head or _head_of(tensors, architecture)
-    classifier = tensors.get("classifier.weight")
+    classifier_name = architecture.names.to_hf("head.classifier.weight")
+    classifier = tensors.get(classifier_name)
     if num_labels is None:
         num_labels = 2 if classifier is None else len(classifier)
     elif num_labels < 1:
         raise ValueError(f"num_labels is {num_labels}, must be at least 1")
     elif classifier is not None and len(classifier) != num_labels:
         # another task's classifier: a fresh one takes its place
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
-    model = outline(architecture, config, head, num_labels)
+        layer = classifier_name.removesuffix("weight")
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(layer)}
+    model = architecture.outline(config, head, num_labels)
     try:
         state = _match(model, tensors, architecture, head)
         state = {name: t.to(device=device, dtype=dtype) for name, t in state.items()}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie()
         _check_tied(model, state, architecture.names)
-        fresh = _missing(model, state, architecture.names)
+        fresh = _missing(model, state, architecture)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     if fresh:
@@ -78,28 +97,38 @@ def load(
     return model.eval()
 
 
+def outline(source: str | Path, head: str | None = None) -> Model:
+    """The model of a checkpoint without values, on the meta device: only config.json is read.
+
+    Raises:
+        ValueError: as `load`, as far as config.json tells; None is the head that it names.
+    """
+    architecture, config, raw = read_config(find(source))
+    return architecture.outline(config, head or architecture.head_from(raw), num_labels_from(raw))
+
+
 def save(model: Model, directory: str | Path) -> None:
     """Writes `config.json` and `model.safetensors` so that `transformers` opens them.
 
     Raises:
         ValueError: the model holds tensors that its architecture does not (an adapter, say).
     """
-    kind, architecture, head, classes = architecture_of(model)
-    plain = outline(architecture, model.config, head, classes).state_dict()
+    architecture = model.architecture
+    plain = architecture.outline(model.config, model.head_kind, model.num_labels).state_dict()
     state = model.state_dict()
     if foreign := state.keys() ^ plain.keys():
         raise ValueError(
-            f"cannot save: {_some(foreign)} make this no plain {kind} model; "
+            f"cannot save: {_some(foreign)} make this no plain {architecture.model_type} model; "
             "fold or detach what was attached first"
         )
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():  # a tied one once: transformers ties it again
         tensors[model.names.to_hf(name)] = p.detach().contiguous()
     settings = config_json(model)
-    bias = tensors.get("cls.predictions.bias")
-    if bias is not None and not settings["tie_word_embeddings"]:
-        # transformers then has the bias under two names
-        tensors["cls.predictions.decoder.bias"] = bias.clone()
+    if not settings["tie_word_embeddings"]:
+        for name, second in architecture.copies.items():
+            if name in tensors:
+                tensors[second] = tensors[name].clone()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "model.safetensors.partial"
@@ -150,7 +179,7 @@ def _match(
                 want = list(places[name].shape)
                 raise ValueError(f"{hf} is {list(tensor.shape)}, the config wants {want}")
             state[name] = tensor
-        elif not any(name.startswith(part) for part in architecture.dropped[head]):
+        elif not name.startswith(architecture.dropped.get(head, ())):
             unexpected.append(hf)
     if unexpected:
         raise ValueError(f"{len(unexpected)} tensors have no place: {_some(unexpected)}")
@@ -164,32 +193,34 @@ def _check_tied(model: Model, state: Mapping[str, Tensor], names: Names) -> None
             raise ValueError(f"{names.to_hf(name)} differs from the weight it is tied to")
 
 
-def _missing(model: Model, state: Mapping[str, Tensor], names: Names) -> list[str]:
+def _missing(model: Model, state: Mapping[str, Tensor], architecture: Architecture) -> list[str]:
     """Native names that got no tensor: none, or those of a whole head."""
     missing = [name for name, p in model.named_parameters() if p.is_meta]
-    heads = [part for part in ("head.", "pooler.") if not any(n.startswith(part) for n in state)]
-    lost = [n for n in missing if not any(n.startswith(part) for part in heads)]
+    absent = tuple(
+        part for part in architecture.fresh if not any(n.startswith(part) for n in state)
+    )
+    lost = [architecture.names.to_hf(name) for name in missing if not name.startswith(absent)]
     if lost:
-        raise ValueError(f"{len(lost)} tensors are missing: {_some(map(names.to_hf, lost))}")
+        raise ValueError(f"{len(lost)} tensors are missing: {_some(lost)}")
     return missing
 
 
 def _initialize(model: Model, dtype: torch.dtype, device: torch.device) -> None:
     """Gives fresh values to what is still on the meta device."""
     for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        fresh = {name for name, p in own.items() if p.is_meta}
+        parameters = dict(module.named_parameters(recurse=False))
+        fresh = {name for name, p in parameters.items() if p.is_meta}
         if not fresh:
             continue
-        for name, p in own.items():
+        for name, p in parameters.items():
             empty = torch.empty(p.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty))
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         else:
             model.initialize(module)
-        for name in own.keys() - fresh:  # the tied weight beside a fresh bias stays what it is
-            setattr(module, name, own[name])
+        for name in parameters.keys() - fresh:  # a tied weight beside a fresh bias stays
+            setattr(module, name, parameters[name])
 
 
 def _some(names: Iterable[str]) -> str:

@@ -33,13 +33,16 @@ def find(source: str | Path) -> Path:
 
     files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
     try:
-        found = Path(snapshot_download(str(source), allow_patterns=files))
-        if not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
+        folder = Path(snapshot_download(str(source), allow_patterns=files))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source} is no directory, nor a model of the hub: {reason}") from None
-    return found
+        raise ValueError(
+            f"{source} is not a local directory, and the hub gave no such model: {reason}; "
+            f"try {' or '.join(BUNDLED)}"
+        ) from None
+    return folder
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

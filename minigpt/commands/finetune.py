@@ -9,49 +9,35 @@ from torch import Tensor
 
 from minigpt.checkpoints.directory import load, save
 from minigpt.checkpoints.source import find
+from minigpt.commands.command import Run
 from minigpt.data.text import RandomWindows, consecutive_windows, read_text, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
-from minigpt.models.config import positive
-from minigpt.models.gpt_neo import GPTNeo
+from minigpt.models.architecture import Decoder
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods, runs
 from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
+from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar
-from minigpt.training.schedule import SCHEDULES
-from minigpt.training.train import TrainConfig, checkpoint_activations, evaluate, train
+from minigpt.training.train import checkpoint_activations, evaluate, train
 from peft_lite import report
 
 PROMPT, SAMPLE = 24, 120  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(MethodOptions):
+class Finetune(MethodOptions, TrainingOptions):
     """The command's settings."""
 
     model: str = option('a model directory, a hub id, or "bundled"')
     text: str = option("the text to learn from, UTF-8")
-    steps: int = option("updates", 200)
-    batch_size: int = option("windows in a batch", 8)
-    sequence_length: int = option("tokens in a window", 128)
     lr: float | None = option(
         "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
         None,
     )
-    schedule: str = option("course of the rate after warm-up", "linear", choices=SCHEDULES)
-    warmup_steps: int = option("updates of warm-up", 0)
-    schedule_steps: int | None = option("length of the schedule (default: steps)", None)
-    weight_decay: float = option("AdamW's", 0.01)
-    max_norm: float = option("clip the gradient norm to this", 1.0)
-    accumulate: int = option("batches in an update", 1)
-    bf16: bool = option("compute in bfloat16 where it is safe", False)
     checkpoint_activations: bool = option("less memory, more time", False)
-    heldout: float = option("share of the text, at its end, that is only measured", 0.1)
-    evaluate_every: int = option("steps between two held-out losses", 50)
-    snapshot_every: int = option("steps between two snapshots to resume from", 50)
-    seed: int = option("of the windows, the start of the adapter, dropout and the sample", 0)
 
 
 def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
@@ -59,31 +45,13 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     `sample.txt` and `summary.json`, whose content it returns.
     """
     before_model = memory.resident()
-    if not 0 < settings.heldout < 1:
-        raise ValueError(f"--heldout is {settings.heldout}, must lie between 0 and 1")
-    positive(settings, "batch_size", "sequence_length")
-    if not 0 <= settings.seed < 2**63:
-        raise ValueError(f"--seed is {settings.seed}, must lie in [0, 2^63)")
     lr = LR[settings.method] if settings.lr is None else settings.lr
-    config = TrainConfig(
-        steps=settings.steps,
-        lr=lr,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        schedule_steps=settings.schedule_steps,
-        weight_decay=settings.weight_decay,
-        max_norm=settings.max_norm,
-        accumulate=settings.accumulate,
-        bf16=settings.bf16,
-        evaluate_every=settings.evaluate_every,
-        snapshot_every=settings.snapshot_every,
-    )
+    config = settings.config(lr)
     text = read_text(Path(settings.text))
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(directory, head="causal-lm", device=device)
-    assert isinstance(model, GPTNeo)
     tokenizer.check(model.config.vocab_size)
     train_ids, heldout_ids = (
         torch.tensor(tokenizer.encode(part)) for part in split_text(text, settings.heldout)
@@ -107,8 +75,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     limit = min(PROMPT, model.max_tokens // 2)
     prompt = heldout_ids[None, :limit].to(device)
     sample_before = _sample(model, tokenizer, prompt, settings.seed)
-    tokens = size * length * settings.accumulate
-    with progress_bar(settings.method, settings.steps, tokens) as observe:
+    with progress_bar(settings.method, settings.steps, settings.tokens_a_step) as observe:
         rows = train(model, language_model_loss, batches, config, out, heldout, resume, observe)
     after = evaluate(model, language_model_loss, heldout, settings.bf16)
     sample_after = _sample(model, tokenizer, prompt, settings.seed)
@@ -141,9 +108,12 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     return summary
 
 
-def _sample(model: GPTNeo, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
-    """What the model makes of the beginning of the held-out text."""
+def _sample(model: Decoder, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
+    """The beginning of the held-out text, continued by the model."""
     new = min(SAMPLE, model.max_tokens - prompt.size(1))
     random = torch.Generator(prompt.device).manual_seed(seed)
     ids = generate(model, prompt, new, temperature=0.8, top_k=50, generator=random)
     return tokenizer.decode(ids[0].tolist())
+
+
+COMMAND = Run(Finetune, finetune)

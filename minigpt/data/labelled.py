@@ -1,4 +1,4 @@
-"""Texts with a label, 0 negative or 1 positive, out of a file:  read_labelled("mine.csv").
+"""Texts with a label, 0 negative or 1 positive, from a file:  read_labelled("mine.csv").
 
 `.jsonl` holds one object a line, `.csv` a header; both may end in `.gz`.  The fields are `text` and
 `label`, or `review` and `sentiment`, as in copies of IMDB (Maas et al. 2011, "Learning Word Vectors
@@ -52,11 +52,11 @@ def read_labelled(path: str | Path) -> Rows:
             f"{path}: the name must end in one of {', '.join(SUFFIXES)}; nearest: {nearest}"
         )
     fields = _csv if ".csv" in path.suffixes[-2:] else _jsonl
-    rows = [_row(found, f"{path}, line {line}") for line, found in fields(_decode(path), path)]
+    rows = [_row(row, f"{path}, line {line}") for line, row in fields(_decode(path), path)]
     labels = {label for _, label in rows}
     if len(labels) < 2:
-        there = f"all {len(rows)} rows are {LABELS[labels.pop()]}" if rows else "there is no row"
-        raise ValueError(f"{path}: want texts of both labels, {' and '.join(LABELS)}, but {there}")
+        reason = f"all {len(rows)} rows are {LABELS[labels.pop()]}" if rows else "there is no row"
+        raise ValueError(f"{path}: want texts of both labels, {' and '.join(LABELS)}, but {reason}")
     return rows
 
 
@@ -79,13 +79,13 @@ def balanced(rows: Rows, n: int, seed: int) -> Rows:
 
 
 def _part(folder: Path, name: str) -> Path:
-    found = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
-    if len(found) != 1:
-        there = " and ".join(path.name for path in found) or "none"
+    files = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    if len(files) != 1:
+        names = " and ".join(path.name for path in files) or "none"
         raise ValueError(
-            f"{folder}: want one file {name} in one of {', '.join(SUFFIXES)}; there: {there}"
+            f"{folder}: want one file {name} in one of {', '.join(SUFFIXES)}; there: {names}"
         )
-    return found[0]
+    return files[0]
 
 
 def _decode(path: Path) -> str:
@@ -145,5 +145,5 @@ def _field(fields: dict[str, Any], name: str, other: str, where: str) -> Any:
     for key in (name, other):
         if key in fields:
             return fields[key]
-    found = ", ".join(fields) or "none"
-    raise ValueError(f"{where} has no field {name} (or {other}); found: {found:.200}")
+    names = ", ".join(fields) or "none"
+    raise ValueError(f"{where} has no field {name} (or {other}); found: {names:.200}")

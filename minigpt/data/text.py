@@ -2,7 +2,7 @@
 
 A batch is a dictionary: `input_ids` (B, T) and `labels`, aligned with the states that predict them,
 -100 where there is nothing to predict.  Batch number i is a function of the seed and i alone, so a
-run that resumes at step i needs no other record of where it was in the data.
+run that resumes at step i continues with the same data.
 
 Shapes:  B batch   T time
 """
@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.objectives.causal import IGNORED
-
 Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a position without a prediction
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
@@ -26,7 +25,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text; of a Project Gutenberg file, what stands between its START and END lines."""
+    """A UTF-8 text; of a Project Gutenberg file only the part between its START and END lines."""
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
@@ -42,8 +41,8 @@ def read_text(path: Path) -> str:
 
 
 def split_text(text: str, heldout: float) -> tuple[str, str]:
-    """The beginning, to train on, and the last `heldout` share, cut after the end of a line, or
-    after a space where there is but one line.
+    """The beginning, to train on, and the last `heldout` share, cut at the end of a line, or after
+    a space if the text is a single line.
     """
     limit = round(len(text) * (1 - heldout))
     cut = (text.rfind("\n", 0, limit) + 1) or (text.rfind(" ", 0, limit) + 1)

@@ -31,7 +31,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if backend.get_vocab_size() == 0:
             raise ValueError("the tokenizer's vocabulary is empty")
-        backend.no_padding()  # some files ask for it: a text is as long as it is
+        backend.no_padding()  # some files ask for padding and truncation
         backend.no_truncation()
         self.backend = backend
 
@@ -117,11 +117,11 @@ class Tokenizer:
     def special(self) -> Special:
         """Raises ValueError for a tokenizer that lacks one of BERT's special tokens."""
         ids = {token: self.backend.token_to_id(token) for token in SPECIAL}
-        found = [i for i in ids.values() if i is not None]
-        if len(found) < len(SPECIAL):
+        present = [i for i in ids.values() if i is not None]
+        if len(present) < len(SPECIAL):
             missing = ", ".join(token for token, i in ids.items() if i is None)
             raise ValueError(f"the tokenizer lacks {missing}: it is not of BERT's kind")
-        return Special(*found)
+        return Special(*present)
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError unless a model with `vocab_size` rows of embeddings fits."""

@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: perplexity, shares, means over seeds, popular tokens.
+"""Numbers with their uncertainty: perplexity, shares, means over seeds.
 
     perplexity = exp(loss)                                                 loss in nats a token
 
@@ -11,12 +11,11 @@
     mean of n runs with standard deviation s, t the quantile of n - 1 degrees of freedom (Student
     1908):      mean  +-  t s / sqrt(n)
 
-All intervals are two-sided and hold 95 %.
+All intervals are two-sided 95 % confidence intervals.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
@@ -31,7 +30,7 @@ T = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the interval that holds the true one in 95 % of cases."""
+    """A value and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -50,7 +49,7 @@ def perplexity(loss: float) -> float:
 
 
 def share(k: int, n: int) -> Estimate:
-    """K / n with Wilson's interval, which stays in [0, 1] and is no point at k = 0 or n.
+    """The share k / n with Wilson's interval, which stays in [0, 1] and is wide at k = 0, n too.
 
     Raises:
         ValueError: n is not positive, or k lies outside [0, n].
@@ -70,7 +69,7 @@ def share(k: int, n: int) -> Estimate:
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """First - second, two independent shares."""
+    """The difference first - second of two independent shares."""
     # p_1 - p_2  -  sqrt((p_1 - l_1)^2 + (u_2 - p_2)^2)
     middle = first.value - second.value
     below = math.hypot(first.value - first.low, second.high - second.value)
@@ -104,31 +103,3 @@ def student(freedom: int) -> float:
     first = (Z**3 + Z) / 4
     second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
     return Z + first / freedom + second / freedom**2
-
-
-def popular_tokens(
-    ids: Iterable[int], k: int, allowed: Callable[[int], bool] = lambda token: True
-) -> set[int]:
-    """The k most frequent token ids of a text among the allowed ones; of equally frequent ones, the
-    first to occur.
-
-    Raises:
-        ValueError: k is not positive, or the text has fewer than k different allowed tokens.
-    """
-    if k < 1:
-        raise ValueError(f"k is {k}, must be at least 1")
-    counts = Counter(ids)
-    popular = [token for token, _ in counts.most_common() if allowed(token)][:k]
-    if len(popular) < k:
-        raise ValueError(f"k is {k}, the text has {len(popular)} different allowed tokens")
-    return set(popular)
-
-
-def longer_than(characters: int, decode: Callable[[list[int]], str]) -> Callable[[int], bool]:
-    """For `popular_tokens`: only tokens whose decoded text has more than so many characters."""
-    return lambda token: len(decode([token])) > characters
-
-
-def popular_share(ids: Sequence[int], popular: Collection[int]) -> Estimate:
-    """The share of `ids` that are popular, with Wilson's interval."""
-    return share(sum(token in popular for token in ids), len(ids))

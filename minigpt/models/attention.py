@@ -23,9 +23,9 @@ def visible(
 ) -> Tensor:
     """The causal mask (B or 1, 1, T, S): True where a query may look at a key.
 
-    The queries are the last T of the S slots.  A query sees itself and what came before it, at
-    most `window` slots in all, and no padding (`padding` is (B, S), non-zero for real tokens).
-    It always sees itself: a softmax over nothing has no value.
+    The queries are the last T of the S slots.  A query sees itself and the slots before it, at most
+    `window` in all, without padding (`padding` is (B, S), non-zero for real tokens).  Even padding
+    sees itself: a softmax over no key is undefined.
     """
     q = torch.arange(slots - queries, slots, device=device).view(-1, 1)
     k = torch.arange(slots, device=device).view(1, -1)
@@ -70,7 +70,7 @@ def fast_attention(
 
 
 class Cache:
-    """Keys and values of the tokens seen so far: one block's share, written in place."""
+    """Keys and values of the tokens so far, for one block, written in place."""
 
     def __init__(self, batch: int, heads: int, slots: int, head_width: int, like: Tensor) -> None:
         self.keys = like.new_empty(batch, heads, slots, head_width)
@@ -78,7 +78,7 @@ class Cache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes k and v of the T new tokens, (B, H, T, N); returns all S of them."""
+        """Takes k and v of the T new tokens, (B, H, T, N); returns those of all S tokens."""
         start, self.length = self.length, self.length + k.size(-2)
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         scale: factor of the scores, 1 / sqrt(N) in the paper, 1 in GPT-Neo.
         bias: whether query, key and value have a bias; the output projection always has.
         dropout: probability of dropping an attention weight while training.
-        window: how many keys a query sees, for those that add keys; None: all.
+        window: number of keys a query sees, for methods that add keys; None: all.
     """
 
     def __init__(

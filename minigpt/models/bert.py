@@ -17,44 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.models.architecture import Architecture, Model
 from minigpt.models.attention import Attention, positions
 from minigpt.models.config import one_of, positive, probability
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, MLP
 from minigpt.models.names import Names
 from minigpt.models.slots import NoPrompt
-
-NAMES = Names(
-    {
-        "embeddings.token": "bert.embeddings.word_embeddings",
-        "embeddings.position": "bert.embeddings.position_embeddings",
-        "embeddings.segment": "bert.embeddings.token_type_embeddings",
-        "embeddings.norm": "bert.embeddings.LayerNorm",
-        "blocks.{}": "bert.encoder.layer.{}",
-        "blocks.{}.attention": "bert.encoder.layer.{}.attention",
-        "blocks.{}.attention.query": "bert.encoder.layer.{}.attention.self.query",
-        "blocks.{}.attention.key": "bert.encoder.layer.{}.attention.self.key",
-        "blocks.{}.attention.value": "bert.encoder.layer.{}.attention.self.value",
-        "blocks.{}.attention.output": "bert.encoder.layer.{}.attention.output.dense",
-        "blocks.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
-        "blocks.{}.mlp.up": "bert.encoder.layer.{}.intermediate.dense",
-        "blocks.{}.mlp.down": "bert.encoder.layer.{}.output.dense",
-        "blocks.{}.mlp_norm": "bert.encoder.layer.{}.output.LayerNorm",
-        "pooler": "bert.pooler.dense",
-        "head.transform": "cls.predictions.transform.dense",
-        "head.norm": "cls.predictions.transform.LayerNorm",
-        "head.decoder": "cls.predictions.decoder",
-        "head.decoder.bias": "cls.predictions.bias",
-        "head.classifier": "classifier",
-    },
-    prefix="bert.",
-    renamed={
-        "LayerNorm.gamma": "LayerNorm.weight",
-        "LayerNorm.beta": "LayerNorm.bias",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
-    ignorable=[r"bert\.embeddings\.(position_ids|token_type_ids)", r"cls\.seq_relationship\..*"],
-)
 
 
 @dataclass(frozen=True)
@@ -160,8 +129,8 @@ class ClassificationHead(nn.Module):
         return self.classifier(self.dropout(x))
 
 
-class Bert(nn.Module):
-    """Token ids (B, T) -> what the head makes of them.
+class Bert(Model):
+    """Token ids (B, T) -> the output of the head.
 
     Args:
         config: shapes and constants.
@@ -170,23 +139,25 @@ class Bert(nn.Module):
         num_labels: number of classes, for "classification".
     """
 
-    heads = ("masked-lm", "classification", "none")
+    config: BertConfig
 
     def __init__(self, config: BertConfig, head: str = "none", num_labels: int = 2) -> None:
         super().__init__()
         self.config = config
+        self.head_kind = head
         self.names = NAMES.bare() if head == "none" else NAMES
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.head: nn.Module = nn.Identity()
-        self.classifies = head == "classification"
-        self.task_type = "SEQ_CLS" if self.classifies else "FEATURE_EXTRACTION"  # for HF PEFT
+        self.task_type = "FEATURE_EXTRACTION"
         if head == "masked-lm":
             self.head = MaskedLMHead(config)
         else:
             self.pooler = Linear(config.hidden_size, config.hidden_size)
-        if self.classifies:
+        if head == "classification":
             self.head = ClassificationHead(config, num_labels)
+            self.num_labels = num_labels
+            self.task_type = "SEQ_CLS"
         self.apply(self.initialize)
         self.tie()
 
@@ -201,7 +172,8 @@ class Bert(nn.Module):
         given.  `token_type_ids` (B, T): segments, 0 unless given.
         """
         x = self._states(input_ids, attention_mask, position_ids, token_type_ids)
-        return self.head(self.pooled(x) if self.classifies else self._of_tokens(x))
+        classifies = self.head_kind == "classification"
+        return self.head(self.pooled(x) if classifies else self._of_tokens(x))
 
     def hidden(
         self,
@@ -221,7 +193,7 @@ class Bert(nn.Module):
         position_ids: Tensor | None,
         token_type_ids: Tensor | None,
     ) -> Tensor:
-        """The states of a prompt, where there is one, and those of the tokens."""
+        """The states of the prompt, if any, and of the tokens."""
         T = input_ids.size(1)
         if position_ids is None:
             position_ids = positions(T, T, self.max_tokens, input_ids.device)
@@ -237,8 +209,12 @@ class Bert(nn.Module):
         return x[:, self.embeddings.prompt.length :]
 
     @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURE
+
+    @property
     def max_tokens(self) -> int:
-        """Positions there are for tokens."""
+        """Number of positions for tokens."""
         return self.config.max_position_embeddings - self.embeddings.prompt.shift
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -246,14 +222,19 @@ class Bert(nn.Module):
         return self.pooler(x[:, 0]).tanh()
 
     def _mask(self, padding: Tensor) -> Tensor:
-        """(B, T) -> (B, 1, 1, T): no query sees padding, unless a row is nothing else."""
+        """(B, T) -> (B, 1, 1, T): no query sees padding, except in a row of padding alone."""
         real = F.pad(padding, (self.embeddings.prompt.length, 0), value=1) != 0
         return (real | ~real.any(1, keepdim=True))[:, None, None, :]
 
+    @property
+    def unembedding(self) -> nn.Linear | None:
+        """The masked-language head's last layer."""
+        return self.head.decoder if isinstance(self.head, MaskedLMHead) else None
+
     def tie(self) -> None:
-        """Makes the masked-language decoder's weight the token embedding's."""
-        if self.config.tie_word_embeddings and isinstance(self.head, MaskedLMHead):
-            self.head.decoder.weight = self.embeddings.token.weight
+        """Makes the masked-language head's weight the token embedding's."""
+        if self.config.tie_word_embeddings and self.unembedding is not None:
+            self.unembedding.weight = self.embeddings.token.weight
 
     def initialize(self, module: nn.Module) -> None:
         """Weights from N(0, initializer_range^2), the classifier's Xavier's; biases 0, norms 1."""
@@ -263,3 +244,62 @@ class Bert(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+NAMES = Names(
+    {
+        "embeddings.token": "bert.embeddings.word_embeddings",
+        "embeddings.position": "bert.embeddings.position_embeddings",
+        "embeddings.segment": "bert.embeddings.token_type_embeddings",
+        "embeddings.norm": "bert.embeddings.LayerNorm",
+        "blocks.{}": "bert.encoder.layer.{}",
+        "blocks.{}.attention": "bert.encoder.layer.{}.attention",
+        "blocks.{}.attention.query": "bert.encoder.layer.{}.attention.self.query",
+        "blocks.{}.attention.key": "bert.encoder.layer.{}.attention.self.key",
+        "blocks.{}.attention.value": "bert.encoder.layer.{}.attention.self.value",
+        "blocks.{}.attention.output": "bert.encoder.layer.{}.attention.output.dense",
+        "blocks.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
+        "blocks.{}.mlp.up": "bert.encoder.layer.{}.intermediate.dense",
+        "blocks.{}.mlp.down": "bert.encoder.layer.{}.output.dense",
+        "blocks.{}.mlp_norm": "bert.encoder.layer.{}.output.LayerNorm",
+        "pooler": "bert.pooler.dense",
+        "head.transform": "cls.predictions.transform.dense",
+        "head.norm": "cls.predictions.transform.LayerNorm",
+        "head.decoder": "cls.predictions.decoder",
+        "head.decoder.bias": "cls.predictions.bias",
+        "head.classifier": "classifier",
+    },
+    prefix="bert.",
+    renamed={
+        "LayerNorm.gamma": "LayerNorm.weight",
+        "LayerNorm.beta": "LayerNorm.bias",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    ignorable=[r"bert\.embeddings\.(position_ids|token_type_ids)", r"cls\.seq_relationship\..*"],
+)
+
+ARCHITECTURE = Architecture(
+    model_type="bert",
+    model=Bert,
+    config=BertConfig,
+    names=NAMES,
+    heads={
+        "masked-lm": "BertForMaskedLM",
+        "classification": "BertForSequenceClassification",
+        "none": "BertModel",
+    },
+    default="none",
+    signs={"classification": "classifier.", "masked-lm": "cls.predictions."},
+    dropped={
+        "masked-lm": ("pooler.", "head.classifier."),
+        "classification": ("head.",),
+        "none": ("head.",),
+    },
+    fresh=("head.", "pooler."),
+    copies={"cls.predictions.bias": "cls.predictions.decoder.bias"},
+    fixed={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+    },
+)

@@ -1,4 +1,4 @@
-"""What every config checks.  Errors name the value, what is allowed and the nearest valid name."""
+"""Checks of configs.  Errors name the value, what is allowed and the nearest valid name."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'query'?)`, or nothing when no valid name is near."""
+    """` (did you mean 'query'?)`, or an empty text when no valid name is near."""
     close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 

@@ -11,40 +11,21 @@ Shapes:  B batch   T time   S slots (cached and new)
          D width   H heads   N head width   V vocabulary
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.models.architecture import Architecture, Decoder
 from minigpt.models.attention import Attention, Cache, positions, visible
 from minigpt.models.config import one_of, positive, probability
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, MLP
 from minigpt.models.names import Names
 from minigpt.models.slots import NoPrompt
-
-NAMES = Names(
-    {
-        "embeddings.token": "transformer.wte",
-        "embeddings.position": "transformer.wpe",
-        "blocks.{}": "transformer.h.{}",
-        "blocks.{}.attention_norm": "transformer.h.{}.ln_1",
-        "blocks.{}.attention": "transformer.h.{}.attn.attention",
-        "blocks.{}.attention.query": "transformer.h.{}.attn.attention.q_proj",
-        "blocks.{}.attention.key": "transformer.h.{}.attn.attention.k_proj",
-        "blocks.{}.attention.value": "transformer.h.{}.attn.attention.v_proj",
-        "blocks.{}.attention.output": "transformer.h.{}.attn.attention.out_proj",
-        "blocks.{}.mlp_norm": "transformer.h.{}.ln_2",
-        "blocks.{}.mlp": "transformer.h.{}.mlp",
-        "blocks.{}.mlp.up": "transformer.h.{}.mlp.c_fc",
-        "blocks.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
-        "final_norm": "transformer.ln_f",
-        "head": "lm_head",
-    },
-    prefix="transformer.",
-    ignorable=[r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)"],
-)
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,7 @@ class GPTNeoConfig:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """What each block sees: 'global' or 'local'."""
+        """The kind of attention of each block: 'global' or 'local'."""
         alternating = tuple(("global", "local")[i % 2] for i in range(self.num_layers))
         return alternating if self.attention_layers is None else self.attention_layers
 
@@ -133,7 +114,7 @@ class Block(nn.Module):
         return x
 
 
-class GPTNeo(nn.Module):
+class GPTNeo(Decoder):
     """Token ids (B, T) -> logits (B, T, V) of the next token at every position.
 
     Args:
@@ -141,11 +122,12 @@ class GPTNeo(nn.Module):
         head: "causal-lm", or "none" for the states (B, T, D) that the head would read.
     """
 
-    heads = ("causal-lm", "none")
+    config: GPTNeoConfig
 
     def __init__(self, config: GPTNeoConfig, head: str = "causal-lm") -> None:
         super().__init__()
         self.config = config
+        self.head_kind = head
         self.names = NAMES.bare() if head == "none" else NAMES
         self.task_type = "FEATURE_EXTRACTION" if head == "none" else "CAUSAL_LM"  # for HF PEFT
         self.embeddings = Embeddings(config)
@@ -200,15 +182,19 @@ class GPTNeo(nn.Module):
         return self.final_norm(x[:, T - input_ids.size(1) :])
 
     @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURE
+
+    @property
     def max_tokens(self) -> int:
-        """Positions there are for tokens."""
+        """Number of positions for tokens."""
         return self.config.max_position_embeddings - self.embeddings.prompt.shift
 
     def _mask(
         self, T: int, S: int, window: int | None, padding: Tensor | None, device: torch.device
     ) -> tuple[Tensor | None, bool]:
-        """Mask and `causal` of one kind of block.  Where neither padding nor the window bites,
-        attention needs no mask: one query sees everything, T = S queries see a triangle.
+        """Mask and `causal` for blocks with this window.  Without padding, and with a window that
+        holds all slots, no mask is needed: a single query sees every key, T = S queries a triangle.
         """
         if padding is None and (window is None or window >= S) and T in (1, S):
             return None, T > 1
@@ -223,10 +209,15 @@ class GPTNeo(nn.Module):
             for _ in self.blocks
         ]
 
+    @property
+    def unembedding(self) -> nn.Linear | None:
+        """The head, for "causal-lm"."""
+        return self.head if isinstance(self.head, nn.Linear) else None
+
     def tie(self) -> None:
         """Makes the head's weight the token embedding's, one parameter under two names."""
-        if self.config.tie_word_embeddings and isinstance(self.head, nn.Linear):
-            self.head.weight = self.embeddings.token.weight
+        if self.config.tie_word_embeddings and self.unembedding is not None:
+            self.unembedding.weight = self.embeddings.token.weight
 
     def initialize(self, module: nn.Module) -> None:
         """Weights from N(0, initializer_range^2), biases 0, norms 1."""
@@ -234,3 +225,58 @@ class GPTNeo(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+NAMES = Names(
+    {
+        "embeddings.token": "transformer.wte",
+        "embeddings.position": "transformer.wpe",
+        "blocks.{}": "transformer.h.{}",
+        "blocks.{}.attention_norm": "transformer.h.{}.ln_1",
+        "blocks.{}.attention": "transformer.h.{}.attn.attention",
+        "blocks.{}.attention.query": "transformer.h.{}.attn.attention.q_proj",
+        "blocks.{}.attention.key": "transformer.h.{}.attn.attention.k_proj",
+        "blocks.{}.attention.value": "transformer.h.{}.attn.attention.v_proj",
+        "blocks.{}.attention.output": "transformer.h.{}.attn.attention.out_proj",
+        "blocks.{}.mlp_norm": "transformer.h.{}.ln_2",
+        "blocks.{}.mlp": "transformer.h.{}.mlp",
+        "blocks.{}.mlp.up": "transformer.h.{}.mlp.c_fc",
+        "blocks.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    prefix="transformer.",
+    ignorable=[r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)"],
+)
+
+
+def read_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`attention_types` [[["global", "local"], 6]], a pattern and how many times, or its result
+    `attention_layers`.
+    """
+    layers = raw.get("attention_layers")
+    if "attention_types" in raw:
+        layers = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
+    return {} if layers is None else {"attention_layers": tuple(layers)}
+
+
+def write_layers(model: GPTNeo) -> dict[str, Any]:
+    """Both forms of it."""
+    layers = model.config.layers
+    return {
+        "attention_layers": list(layers),
+        "attention_types": [[[layer], 1] for layer in layers],
+    }
+
+
+ARCHITECTURE = Architecture(
+    model_type="gpt_neo",
+    model=GPTNeo,
+    config=GPTNeoConfig,
+    names=NAMES,
+    heads={"causal-lm": "GPTNeoForCausalLM", "none": "GPTNeoModel"},
+    default="causal-lm",
+    dropped={"none": ("head.",)},
+    read=read_layers,
+    write=write_layers,
+)

@@ -1,12 +1,12 @@
-"""y = x W^T + b, by the product that suits its shape.  The weight lies in memory as W (out, in).
+"""y = x W^T + b, by the product that suits its shape.  The weight is stored as W (out, in).
 
-Few rows of float32 on a CPU (generation): the time is that of reading W once, and a product reads
-it faster from the left, y^T = W x^T, if x^T has at least two columns (benchmarks/generation.py).
+Few rows of float32 on a CPU (generation): reading W once takes most of the time, and y^T = W x^T
+reads it faster, if x^T has at least two columns (benchmarks/generation.py).
 
-Many rows of a width that is no multiple of 16 (50,257 logits): rows that begin at odd addresses
-slow the product down, so they are stored a multiple of 16 elements apart.
+Many rows whose width is not a multiple of 16 (50,257 logits): unaligned rows slow the product down,
+so the rows are stored a multiple of 16 elements apart.
 
-Everything else is nn.Linear.
+Every other shape uses nn.Linear's own product.
 
 Shapes:  M rows   K inputs   N outputs
 """
@@ -23,7 +23,7 @@ WIDE, APART = 8192, 16
 
 
 class Linear(nn.Linear):
-    """nn.Linear, to the last bit but for the order of its sums."""
+    """Equal to nn.Linear up to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         device, weight, bias = x.device.type, self.weight, self.bias
@@ -44,14 +44,14 @@ class Linear(nn.Linear):
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Rows x (M, K) -> (M, N) by y^T = W x^T, with a column of zeros beside a single one."""
+    """Rows x (M, K) -> (M, N) by y^T = W x^T; a single column gets a second one of zeros."""
     columns = F.pad(x, (0, 0, 0, 1)) if len(x) == 1 else x
     y = (weight @ columns.T).T[: len(x)].contiguous()
     return y if bias is None else y + bias
 
 
 class _WideRows(torch.autograd.Function):
-    """Rows x (M, K) -> (M, N), each row a multiple of `APART` elements after the one before."""
+    """Rows x (M, K) -> (M, N), stored a multiple of `APART` elements apart."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

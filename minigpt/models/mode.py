@@ -1,4 +1,4 @@
-"""Training or evaluation mode for a while, and every module's own mode back afterwards."""
+"""Training or evaluation mode for the time of a `with` block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All of `model` in one mode; on the way out each module gets back the one it had."""
+    """Sets all modules of `model` to one mode, and each back to its earlier mode at the end."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

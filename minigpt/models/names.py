@@ -1,9 +1,9 @@
 """One table for each architecture: native names to a checkpoint's names, and back.
 
 A row maps a module's native name to its name in Hugging Face's checkpoints; `{}` stands for the
-block's number.  A longer name is translated by its longest known beginning, so the rows for
-modules serve for their parameters (`head.weight`) and for whatever a method adds below
-(`blocks.3.attention.query.lora_a`) as well.
+block's number.  A longer name is translated by its longest beginning in the table, so the row of a
+module also translates its parameters (`head.weight`) and what a method adds to it
+(`blocks.3.attention.query.lora_a`).
 """
 
 import re
@@ -15,9 +15,9 @@ class Names:
 
     Args:
         table: native module name -> checkpoint module name, `{}` for the block's number.
-        prefix: what checkpoints of the bare body leave out (`transformer.`, `bert.`).
+        prefix: beginning that checkpoints of the body without a head lack (`bert.`).
         renamed: old endings of checkpoint names -> today's (`gamma` -> `weight`).
-        ignorable: regular expressions of checkpoint names that carry no weight of the model.
+        ignorable: regular expressions of checkpoint names that hold no weight of the model.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Names:
         return _translate(name, self.table)
 
     def from_hf(self, name: str) -> str:
-        """The inverse of `to_hf`; a name that no row knows comes back as it is."""
+        """The inverse of `to_hf`; a name outside the table is returned unchanged."""
         return _translate(name, self._from_hf)
 
     def bare(self) -> "Names":
-        """The names of a body without a head: the same without the prefix."""
+        """The names in a checkpoint of the body without a head: they lack the prefix."""
         return Names({n: hf.removeprefix(self.prefix) for n, hf in self.table.items()}, prefix="")
 
     def is_ignorable(self, name: str) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 class NoPrefix(nn.Module):
-    """The slot where prefix tuning puts k and v of its own before the real ones, and their columns
-    into the mask.  Empty, it hands on what it gets.
+    """The slot where prefix tuning puts its keys and values before those of the tokens, and extends
+    the mask.  Without a prefix it returns its inputs.
     """
 
     def forward(
@@ -19,17 +19,19 @@ class NoPrefix(nn.Module):
 
 
 class NoPrompt(nn.Module):
-    """The slot where prompt tuning puts vectors of its own before the embedded tokens.  Empty, it
-    hands on what it gets.
+    """The slot where prompt tuning puts its vectors before the embedded tokens.  Without a prompt
+    it returns its inputs.
 
     Attributes:
-        length: vectors it puts before the tokens.
-        shift: positions that stand before those of the tokens.
+        length: number of vectors before the tokens.
+        shift: number of positions that these take from the tokens.
     """
 
     length = 0
     shift = 0
 
     def forward(self, x: Tensor, position_ids: Tensor, start: bool) -> tuple[Tensor, Tensor]:
-        """Embedded tokens (B, T, D), their positions (B or 1, T), whether a sequence starts."""
+        """Takes embedded tokens (B, T, D), their positions (B or 1, T), and whether the sequence
+        starts here.
+        """
         return x, position_ids

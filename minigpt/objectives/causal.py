@@ -1,100 +1,67 @@
-"""Cross-entropy over the vocabulary without ever holding all the logits.
+"""Causal language modelling: predict each token from those before it.  Radford et al. 2018,
+https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf
 
-    loss = 1/n sum_i  logsumexp(z_i) - z_i[y_i],    z_i = head(x_i),    n = number of labels
-    d loss / d z_i = (softmax(z_i) - onehot(y_i)) / n
+    loss = - 1/n sum_t log p(token_(t+1) | token_1 ... token_t)        n = number of labels
 
-The logits of a whole batch are the largest tensor of a training step, and autograd keeps them
-several times over.  Here a few rows at a time go through the head and straight back: the gradient
-of each piece is known as soon as its logits are, so nothing but d loss / dx remains.
-(The trick of Liger's fused linear cross-entropy, https://arxiv.org/abs/2410.10989; here the head is
-called, not read, so that whatever a method puts around it counts.)
+The logits are never all in memory at once (minigpt/objectives/cross_entropy.py).
 
-Shapes:  M rows (batch x time)   D width   V vocabulary
+Shapes:  B batch   T time
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # the label of a token that has no say in the loss
-ROWS = 256  # rows of logits alive at a time
+from minigpt.data.text import Batch, RandomWindows, consecutive_windows
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
+from minigpt.objectives.cross_entropy import chunked_cross_entropy
+from minigpt.objectives.objective import Objective
+from minigpt.settings.sizes import WINDOW, SizeOptions
 
 
 class LanguageModel(Protocol):
-    """A model whose states before the head can be had."""
+    """A model that gives its states before the head."""
 
     head: nn.Module
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
 
 
-def language_model_loss(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
+def language_model_loss(model: LanguageModel, batch: Batch) -> Tensor:
     """Mean loss in nats over the labels of a batch.
 
     `batch` holds `input_ids` and `labels`, both (B, T), and perhaps `attention_mask`; labels are
-    aligned with the states that predict them (shifted by the data, not here), -100 where none.
+    aligned with the states that predict them (the data shifts them), -100 where there is none.
     """
     x = model.hidden(batch["input_ids"], attention_mask=batch.get("attention_mask"))
     return chunked_cross_entropy(x, model.head, batch["labels"])
 
 
-def chunked_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor, rows: int = ROWS) -> Tensor:
-    """States x (..., D), labels (...) -> the mean loss; `head` maps (rows, D) to (rows, V)."""
-    x, labels = x.flatten(0, -2), labels.flatten()
-    trained = [p for p in head.parameters() if p.requires_grad]
-    backward = torch.is_grad_enabled() and (x.requires_grad or bool(trained))
-    loss: Tensor = _ChunkedCrossEntropy.apply(x, labels, head, rows, backward, *trained)  # type: ignore[no-untyped-call]
-    return loss
+def new_decoder(size: SizeOptions, tokenizer: Tokenizer, positions: int) -> GPTNeo:
+    """A GPT-Neo with fresh weights, of global and local blocks in turn."""
+    return GPTNeo(
+        GPTNeoConfig(
+            vocab_size=tokenizer.vocab_size,
+            max_position_embeddings=positions,
+            hidden_size=size.hidden_size,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            window_size=WINDOW if size.window_size is None else size.window_size,
+            embed_dropout=size.dropout,
+            resid_dropout=size.dropout,
+            bos_token_id=tokenizer.end_of_text,
+            eos_token_id=tokenizer.end_of_text,
+        )
+    )
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        labels: Tensor,
-        head: nn.Module,
-        rows: int,
-        backward: bool,
-        *trained: Tensor,
-    ) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)  # of the sums
-        n = (labels != IGNORED).sum().to(dtype)
-        loss = x.new_zeros((), dtype=dtype)
-        dx = torch.empty_like(x) if backward else None
-        d_trained: list[Tensor] = []
-        for start in range(0, len(x), rows):
-            piece = slice(start, start + rows)
-            with torch.set_grad_enabled(backward):
-                x_piece = x[piece].detach().requires_grad_(backward)
-                z = head(x_piece)
-            index = labels[piece, None].clamp(min=0)
-            counted = labels[piece, None] != IGNORED
-            # from here on in place, in whatever layout the head gave: e = exp(z - max z), t = sum e
-            e = z.detach().to(dtype)
-            largest = e.amax(-1, keepdim=True)
-            shifted = e.gather(1, index) - largest
-            t = e.sub_(largest).exp_().sum(-1, keepdim=True)
-            loss += ((t.log() - shifted) * counted).sum()
-            if dx is None:
-                continue
-            # dz = (softmax(z) - onehot(y)) / n
-            dz = e.mul_(counted / (n * t)).scatter_add_(1, index, -(counted / n))
-            inputs = (x_piece, *trained)
-            dx[piece], *d_piece = torch.autograd.grad(z, inputs, dz.to(z.dtype))
-            for i, d in enumerate(d_piece):
-                if start == 0:
-                    d_trained.append(d.data)  # no view: autograd then adds to it in place
-                else:
-                    d_trained[i] += d
-        ctx.gradients = (dx, None, None, None, None, *d_trained)
-        return loss / n
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.gradients
-        del ctx.gradients  # handed over, not kept: autograd need not copy what nobody else holds
-        return tuple(None if g is None else g.mul_(d_loss) for g in gradients)
+CLM = Objective(
+    about="a GPT-Neo that predicts the next token",
+    learn_tokenizer=Tokenizer.train,
+    new_model=new_decoder,
+    batches=lambda w: RandomWindows(w.tokens, w.length, w.batch_size, w.seed),
+    heldout=lambda w: consecutive_windows(w.tokens, w.length, w.batch_size),
+    loss=language_model_loss,
+    predicts_every_token=True,
+)

@@ -23,7 +23,7 @@ from torch import Tensor
 from minigpt.data.text import Batch, moved
 from minigpt.data.tokenizer import MARKS, Tokenizer
 from minigpt.metrics.intervals import Estimate, share
-from minigpt.models.bert import Bert
+from minigpt.models.architecture import Model
 from minigpt.models.mode import mode
 
 
@@ -72,8 +72,8 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
 
 @dataclass(frozen=True)
 class ShuffledExamples:
-    """Batch i: the rows i B to i B + B - 1 of an endless row of epochs, each of which holds every
-    example once in an order of its own.
+    """Batch i: the rows i B to i B + B - 1 of an endless sequence of epochs, each of which holds
+    every example once, in a random order.
     """
 
     examples: Sequence[Example]
@@ -98,29 +98,27 @@ def consecutive_examples(examples: Sequence[Example], batch_size: int, pad: int)
         yield collate(examples[start : start + batch_size], pad)
 
 
-def classification_loss(model: Bert, batch: Batch) -> Tensor:
+def classification_loss(model: Model, batch: Batch) -> Tensor:
     """Mean cross-entropy in nats over the rows."""
     # - log softmax(logits)[label]
     return F.cross_entropy(class_logits(model, batch), batch["labels"])
 
 
-def accuracy(model: Bert, batches: Iterable[Batch]) -> Estimate:
-    """Share of rows whose largest logit is the label's, with its interval; the mode stays."""
+def accuracy(model: Model, batches: Iterable[Batch]) -> Estimate:
+    """Share of rows whose largest logit is the label's, with its interval."""
     return score(model, batches)[1]
 
 
-def score(model: Bert, batches: Iterable[Batch]) -> tuple[float, Estimate]:
-    """Mean cross-entropy in nats over the rows, and the accuracy, out of one pass."""
+def score(model: Model, batches: Iterable[Batch]) -> tuple[float, Estimate]:
+    """Mean cross-entropy in nats over the rows, and the accuracy, in one pass."""
     logits, labels = predict(model, batches)
     right = int((logits.argmax(-1) == labels).sum())
     return F.cross_entropy(logits, labels).item(), share(right, len(labels))
 
 
 @torch.no_grad()
-def predict(model: Bert, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) and labels (n,) of all rows, on the CPU; without dropout, the mode
-    stays.
-    """
+def predict(model: Model, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) and labels (n,) of all rows, on the CPU, without dropout."""
     device = next(model.parameters()).device
     with mode(model, training=False):
         pairs = [
@@ -130,7 +128,7 @@ def predict(model: Bert, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(labels)
 
 
-def class_logits(model: Bert, batch: Batch) -> Tensor:
+def class_logits(model: Model, batch: Batch) -> Tensor:
     """(B, classes).  Raises ValueError for a label beyond them."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
     label, classes = int(batch["labels"].max()), logits.size(-1)

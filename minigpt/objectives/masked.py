@@ -1,17 +1,17 @@
 """Masked language modelling.  Devlin et al. 2018, section 3.1, https://arxiv.org/abs/1810.04805
 
-Of each row k = max(1, round(0.15 n)) of its n ordinary tokens are chosen, and the model says what
-they were:
+In each row k = max(1, round(0.15 n)) of its n ordinary tokens are chosen, and the model predicts
+them:
 
     a chosen token reads   [MASK] in 80 %,   any ordinary token in 10 %,   itself in 10 % of cases
     loss = - 1/k sum_(t chosen) log p(token_t | the row as it reads)
 
-A row is a window of a text between [CLS] and [SEP].  Special tokens are neither chosen nor put in
-another's place.  The batches are functions of the seed and their number alone.
+A row is a window of a text between [CLS] and [SEP].  Special tokens are neither chosen nor drawn as
+a replacement.  A batch is a function of the seed and its number alone.
 
-Nine batches of ten hold rows of a quarter of the length, four times as many: attention over long
-rows costs more than it teaches at first.  (The paper has the short rows first and the long ones in
-the last tenth of the steps; here they are mixed, so no schedule makes the long ones' rate small.)
+Nine of ten batches hold rows of a quarter of the length, four times as many: at first, attention
+over long rows costs more than it teaches.  (The paper has the long rows in the last tenth of the
+steps; here they are mixed with the short ones, so that not all fall where the rate is small.)
 
 Shapes:  B batch   T time   D width
 """
@@ -25,10 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.data.text import Batch, RandomWindows
-from minigpt.data.tokenizer import MARKS, Special
-from minigpt.models.bert import Bert, Block
-from minigpt.objectives.causal import IGNORED, LanguageModel, chunked_cross_entropy
+from minigpt.data.text import IGNORED, Batch, RandomWindows
+from minigpt.data.tokenizer import MARKS, Special, Tokenizer
+from minigpt.models.attention import Attention
+from minigpt.models.bert import Bert, BertConfig
+from minigpt.objectives.causal import LanguageModel
+from minigpt.objectives.cross_entropy import chunked_cross_entropy
+from minigpt.objectives.objective import Objective, Windows
+from minigpt.settings.sizes import SizeOptions
 
 SHARE, MASKED, RANDOM = 0.15, 0.8, 0.1
 SHORTER, LONG_EVERY = 4, 10
@@ -97,20 +101,19 @@ class MaskedWindows:
 def start_local(model: Bert) -> None:
     """Starts a fresh model with heads that look at near tokens.
 
-    Learned positions begin as noise that says nothing of near and far, and while no head knows its
-    neighbours a model learns which words occur in a text but not their order.  So, after Trockman
-    and Kolter 2023 (https://arxiv.org/abs/2305.09828), positions start as the sinusoids of Vaswani
-    et al. 2017 and keys as queries; training may change all of them.
+    Random positions do not encode distance, and a model whose heads cannot tell neighbours learns
+    which words occur in a text but not their order.  So, after Trockman and Kolter 2023
+    (https://arxiv.org/abs/2305.09828), positions start as the sinusoids of Vaswani et al. 2017 and
+    keys as copies of the queries; training may change all of them.
     """
     position = model.embeddings.position.weight
     T, D = position.shape
     # position[t] = 0.1 [sin(t w_k), cos(t w_k)],    w_k = 100^(-2k / D),    k = 0 ... D/2 - 1
     angle = torch.arange(T)[:, None] * 100 ** (-2 / D * torch.arange(D // 2))
     position[:, : D // 2 * 2] = 0.1 * torch.cat([angle.sin(), angle.cos()], 1)
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        query, key = block.attention.query.weight, block.attention.key.weight
-        # q_t . k_s / sqrt(N) = 8 cos(x_t, x_s) on the average, with |x|^2 = D
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        query, key = attention.query.weight, attention.key.weight
+        # q_t . k_s / sqrt(N) = 8 cos(x_t, x_s) on average, with |x|^2 = D
         query.normal_(std=math.sqrt(8 / (D * math.sqrt(D / model.config.num_attention_heads))))
         key.copy_(query)
 
@@ -118,8 +121,8 @@ def start_local(model: Bert) -> None:
 def fixed_masked_windows(
     tokens: Tensor, length: int, batch_size: int, masking: Masking
 ) -> Iterator[Batch]:
-    """Windows side by side over `tokens` (n,), with the same masks whatever the seed of the run.
-    What remains at the end is a batch of one shorter row.
+    """Windows side by side over `tokens` (n,), with masks that do not depend on the run's seed.
+    The rest at the end is a batch of one shorter row.
     """
     if torch.isin(tokens, torch.tensor(masking.special)).all():
         raise ValueError("the held-out text has no token to mask")
@@ -132,9 +135,52 @@ def fixed_masked_windows(
 
 
 def masked_language_model_loss(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean loss in nats over the chosen tokens: `language_model_loss`, but that only their states
-    go through the head.
-    """
+    """Mean loss in nats over the chosen tokens; only their states go through the head."""
     x = model.hidden(batch["input_ids"], attention_mask=batch.get("attention_mask"))
     chosen = batch["labels"] != IGNORED
     return chunked_cross_entropy(x[chosen], model.head, batch["labels"][chosen])
+
+
+def new_encoder(size: SizeOptions, tokenizer: Tokenizer, positions: int) -> Bert:
+    """A Bert with fresh weights and a masked-language head, started by `start_local`."""
+    if size.window_size is not None:
+        raise ValueError("--window-size belongs to --objective clm, not mlm")
+    model = Bert(
+        BertConfig(
+            vocab_size=tokenizer.vocab_size,
+            max_position_embeddings=positions,
+            hidden_size=size.hidden_size,
+            num_hidden_layers=size.num_layers,
+            num_attention_heads=size.num_heads,
+            intermediate_size=4 * size.hidden_size,
+            hidden_dropout_prob=size.dropout,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=tokenizer.special.pad,
+        ),
+        head="masked-lm",
+    )
+    start_local(model)
+    return model
+
+
+def masked_windows(w: Windows) -> MaskedWindows:
+    """Batches to train on."""
+    masking = Masking(w.tokenizer.special, w.tokenizer.vocab_size)
+    return MaskedWindows(w.tokens, w.length, w.batch_size, w.seed, masking)
+
+
+def heldout_windows(w: Windows) -> Iterator[Batch]:
+    """Batches to evaluate on."""
+    masking = Masking(w.tokenizer.special, w.tokenizer.vocab_size)
+    return fixed_masked_windows(w.tokens, w.length, w.batch_size, masking)
+
+
+MLM = Objective(
+    about="a Bert that predicts masked tokens",
+    learn_tokenizer=Tokenizer.train_word_piece,
+    new_model=new_encoder,
+    batches=masked_windows,
+    heldout=heldout_windows,
+    loss=masked_language_model_loss,
+    predicts_every_token=False,
+)

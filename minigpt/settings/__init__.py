@@ -1,1 +1,1 @@
-"""What the commands and the studies can be told."""
+"""Settings of the commands and the studies."""

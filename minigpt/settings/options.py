@@ -6,14 +6,22 @@ from typing import Any, get_args, get_type_hints
 
 
 def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a settings dataclass, with what `--help` says of it."""
+    """A field of a settings dataclass with its text for `--help`."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def with_default(settings: type, name: str, default: Any) -> Any:
+    """The option `name` of a base class, with another default."""
+    (f,) = (f for f in fields(settings) if f.name == name)
+    return option(f.metadata["help"], default, f.metadata["choices"])
+
+
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """One option for each field of the dataclass.  What is not given stays out of the namespace."""
+    """One option for each field of the dataclass, those without a default first.  Options that are
+    not given stay out of the namespace.
+    """
     hints = get_type_hints(settings)
-    for f in fields(settings):
+    for f in sorted(fields(settings), key=lambda f: f.default is not MISSING):
         kind = next((k for k in get_args(hints[f.name]) if k is not type(None)), hints[f.name])
         flag = "--" + f.name.replace("_", "-")
         if hints[f.name] is bool:

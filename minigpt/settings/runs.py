@@ -1,8 +1,8 @@
-"""The folder of one run: its settings, and what it leaves behind.
+"""The folder of one run: its settings and results.
 
 OUT/run.json         the command and its settings, written first
 OUT/metrics.jsonl    one row a step (minigpt/training/train.py)
-OUT/snapshots/       what --resume continues from; dropped when the run is complete
+OUT/snapshots/       --resume continues from them; deleted when the run is complete
 OUT/summary.json     written last
 """
 
@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minigpt.training.snapshot import publish
+from minigpt.files import publish
 
 S = TypeVar("S")
 
@@ -50,7 +50,11 @@ def settle(kind: type[S], command: str, given: dict[str, Any], out: Path, resume
 
 
 def fill(kind: type[S], given: dict[str, Any]) -> S:
-    """The settings given, and defaults.  Raises ValueError for one that has no default."""
+    """The settings given, and defaults for the others.
+
+    Raises:
+        ValueError: one that has no default is missing.
+    """
     needed = [f.name for f in fields(kind) if f.default is MISSING]  # type: ignore[arg-type]
     missing = ", ".join("--" + n.replace("_", "-") for n in needed if n not in given)
     if missing:
@@ -59,7 +63,7 @@ def fill(kind: type[S], given: dict[str, Any]) -> S:
 
 
 def claim(out: Path, command: str, settings: Any) -> None:
-    """Makes the folder and writes down whose it is."""
+    """Makes the folder and writes the command and its settings to it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         write(out / "run.json", {"command": command, "settings": asdict(settings)})
@@ -77,14 +81,14 @@ def summary(out: Path) -> dict[str, object] | None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """JSON, whole or not at all."""
+    """Writes a JSON file, whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     publish(partial, path)
 
 
 def replace_folder(written: Path, final: Path) -> None:
-    """Gives a finished folder its name."""
+    """Renames a finished folder to its final name."""
     if final.exists():
         shutil.rmtree(final)
     written.rename(final)

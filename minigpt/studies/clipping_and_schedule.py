@@ -54,6 +54,7 @@ import peft_lite
 from minigpt.data.labelled import Rows, balanced, read_parts
 from minigpt.data.text import Batch
 from minigpt.metrics.intervals import Estimate, share
+from minigpt.models.architecture import Model
 from minigpt.models.bert import Bert, BertConfig
 from minigpt.models.config import positive
 from minigpt.objectives.classify import (
@@ -271,7 +272,7 @@ class Watched:
 
     def __init__(
         self,
-        model: Bert,
+        model: Model,
         batches: Callable[[int], Batch],
         sets: Mapping[str, Sequence[Batch]],
         every: int,
@@ -284,7 +285,7 @@ class Watched:
         self.step = i + 1
         return self.batches(i)
 
-    def loss(self, model: Bert, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats over the rows."""
         logits = class_logits(model, batch)
         right = logits.detach().argmax(-1) == batch["labels"]

@@ -6,15 +6,14 @@ import torch
 from torch import nn
 
 import peft_lite
-from minigpt.models.architectures import ARCHITECTURES, outline
+from minigpt.models.architecture import without_values
 from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
 
 
 def gpt_neo_125m() -> GPTNeo:
     """GPT-Neo-125M: 125,198,592 parameters."""
-    model = outline(ARCHITECTURES["gpt_neo"], GPTNeoConfig(), "causal-lm")
-    assert isinstance(model, GPTNeo)
-    return model
+    with without_values():
+        return GPTNeo(GPTNeoConfig())
 
 
 def lora_counts(rows: int, columns: int, r: int) -> tuple[int, int]:

@@ -21,8 +21,8 @@ from minigpt.checkpoints.source import ASSETS, find
 from minigpt.data.text import RandomWindows, read_text, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
+from minigpt.models import architecture
 from minigpt.models.config import positive
-from minigpt.models.gpt_neo import GPTNeo
 from minigpt.objectives.causal import language_model_loss
 from minigpt.studies.training import Step, at_least, learn
 from minigpt.training.train import Probe, Row, TrainConfig
@@ -36,7 +36,7 @@ Rule = Callable[[str], bool]
 class Decoder:
     """A pretrained decoder and its tokenizer."""
 
-    model: GPTNeo
+    model: architecture.Decoder
     tokenizer: Tokenizer
 
     @property
@@ -54,7 +54,6 @@ def load_decoder(source: str, device: str | None = None) -> Decoder:
     tokenizer = Tokenizer.load(directory)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(directory, head="causal-lm", device=device)
-    assert isinstance(model, GPTNeo)
     tokenizer.check(model.config.vocab_size)
     return Decoder(model, tokenizer)
 
@@ -76,7 +75,7 @@ def split_ids(decoder: Decoder, source: str, heldout: float) -> tuple[Tensor, Te
     return train, test
 
 
-def train_only(model: GPTNeo, rule: Rule) -> int:
+def train_only(model: architecture.Model, rule: Rule) -> int:
     """Lets those parameters train whose checkpoint names the rule picks, and no others.
 
     Returns:

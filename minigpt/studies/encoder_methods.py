@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import peft_lite
 from minigpt.checkpoints.source import find, read_tensors
-from minigpt.models.bert import Bert
+from minigpt.models.architecture import Model
 from minigpt.settings import methods
 from minigpt.settings.methods import MethodOptions
 
@@ -44,7 +44,7 @@ def new_modules(source: str) -> list[str]:
     return ["head.classifier"] if pooled else ["pooler", "head.classifier"]
 
 
-def attach(model: Bert, method: str, new: Sequence[str]) -> peft_lite.Handle | None:
+def attach(model: Model, method: str, new: Sequence[str]) -> peft_lite.Handle | None:
     """Puts a method with the command's defaults on the model; None for full tuning.
 
     Args:

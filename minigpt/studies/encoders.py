@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minigpt.checkpoints.directory import load
+from minigpt.checkpoints.directory import load, outline
 from minigpt.checkpoints.source import find
 from minigpt.data.labelled import Rows, balanced, read_parts
 from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.models.architectures import outline, read_config
-from minigpt.models.bert import Bert
+from minigpt.models.architecture import Model
 from minigpt.objectives.classify import Example, consecutive_examples, encode
 
 EVALUATED = 64  # rows in a batch that is only measured
@@ -21,7 +20,7 @@ EVALUATED = 64  # rows in a batch that is only measured
 class Encoder:
     """A pretrained encoder with a new classifier, its tokenizer, and examples of two classes."""
 
-    model: Bert
+    model: Model
     tokenizer: Tokenizer
     train: Sequence[Example]
     test: Sequence[Example]
@@ -45,8 +44,7 @@ def check_encoder(source: str, length: int, prompt: int = 0) -> None:
     tokens beside a prompt of so many; reads no weight.
     """
     directory = find(source)
-    architecture, config, _ = read_config(directory)
-    model = outline(architecture, config, "classification")
+    model = outline(directory, head="classification")
     tokenizer = Tokenizer.load(directory)
     tokenizer.check(model.config.vocab_size)
     encode([("", 0)], tokenizer, length)
@@ -102,7 +100,6 @@ class Sentiment:
         torch.manual_seed(seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load(directory, head="classification", num_labels=2, device=device)
-        assert isinstance(model, Bert)
         tokenizer.check(model.config.vocab_size)
         train, test = (encode(rows, tokenizer, self.sequence_length) for rows in self.rows(seed))
         return Encoder(model, tokenizer, train, test)

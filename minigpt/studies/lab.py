@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.settings import runs
-from minigpt.training.train import Interrupted
+from minigpt.training.interrupt import Interrupted
 
 Result = dict[str, Any]
 PRELOAD = [

@@ -38,6 +38,7 @@ from minigpt.metrics.intervals import Estimate, mean
 from minigpt.models.config import positive
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods
+from minigpt.settings.checks import check_heldout
 from minigpt.settings.methods import MethodOptions
 from minigpt.settings.options import option
 from minigpt.studies.claims import SEEDS, Finding, count
@@ -102,8 +103,7 @@ def parts(settings: Settings) -> list[Part]:
     """One for each seed and data size."""
     positive(settings, "batch_size", "sequence_length")
     at_least(settings, 2, "seeds")
-    if not 0 < settings.heldout < 1:
-        raise ValueError(f"--heldout is {settings.heldout}, must lie between 0 and 1")
+    check_heldout(settings.heldout)
     for arm in (FULL, str(RANKS[0])):
         settings.training(arm)
     decoder = load_decoder(settings.model)

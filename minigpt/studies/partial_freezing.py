@@ -41,7 +41,8 @@ from torch import Tensor
 import peft_lite
 from minigpt.data.text import Batch, consecutive_windows
 from minigpt.generation import generate
-from minigpt.metrics.intervals import Estimate, longer_than, popular_share, popular_tokens, share
+from minigpt.metrics.intervals import Estimate, share
+from minigpt.metrics.popular_tokens import longer_than, popular_share, popular_tokens
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.options import option
 from minigpt.studies.claims import Finding, above, below, count

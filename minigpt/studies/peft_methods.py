@@ -41,7 +41,7 @@ import torch
 import peft_lite
 from minigpt.checkpoints.directory import save
 from minigpt.metrics.intervals import Estimate, mean, share
-from minigpt.models.bert import Bert
+from minigpt.models.architecture import Model
 from minigpt.models.config import nearest, positive
 from minigpt.objectives.classify import (
     ShuffledExamples,
@@ -219,7 +219,7 @@ def times(folder: Path, settings: Settings) -> Result:
     return in_turn(sides, settings.rounds)
 
 
-def first_batch_again(settings: Settings, encoder: Encoder, model: Bert) -> Step:
+def first_batch_again(settings: Settings, encoder: Encoder, model: Model) -> Step:
     """The step that all costs are measured on."""
     batch = ShuffledExamples(encoder.train, settings.batch_size, 0, encoder.pad)(0)
     return Step(model, classification_loss, lambda i: batch, TrainConfig(steps=1, lr=1e-6))

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from minigpt.files import publish
 from minigpt.settings import runs
 from minigpt.studies.claims import SEEDS, Finding
-from minigpt.training.snapshot import publish
 
 Name = TypeVar("Name")
 TEMPLATE = Path(__file__).parent / "report.html.j2"

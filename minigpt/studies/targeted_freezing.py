@@ -33,8 +33,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import peft_lite
-from minigpt.metrics.intervals import Estimate, difference, popular_share, popular_tokens, share
-from minigpt.models.gpt_neo import GPTNeo
+from minigpt.metrics.intervals import Estimate, difference, share
+from minigpt.metrics.popular_tokens import popular_share, popular_tokens
+from minigpt.models.architecture import Model
 from minigpt.settings.options import option
 from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.counts import gpt_neo_125m
@@ -130,12 +131,12 @@ def parts(settings: Settings) -> list[Part]:
     return [*runs, Part("time", times, (settings,))]
 
 
-def middle(model: GPTNeo) -> int:
+def middle(model: Model) -> int:
     """Number of the first block of the upper half."""
-    return model.config.num_layers // 2
+    return len(model.blocks) // 2
 
 
-def rule(model: GPTNeo, arm: str) -> Rule:
+def rule(model: Model, arm: str) -> Rule:
     """Which parameters train, by the names in the checkpoint."""
     pattern = re.compile(r"transformer\.h\.(\d+)\.attn\.attention\.[qkv]_proj\.weight")
 

@@ -18,7 +18,9 @@ from minigpt.training.train import Row
 
 @contextmanager
 def progress_bar(title: str, steps: int, tokens_a_step: int) -> Iterator[Callable[[Row], None]]:
-    """Shows the rows it is called with on stderr; a line now and then where that is no terminal."""
+    """Yields a function that shows a row of metrics on stderr: as a bar on a terminal, else as a
+    line for every tenth of the steps.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda row: _line(title, steps, row)

@@ -1,14 +1,13 @@
 """Learning-rate schedules: a factor in [0, 1] for each update.
 
-With t the updates already made, w the warm-up and S >= the number of updates the schedule's length:
+With t the number of updates so far, w the warm-up, and S the schedule's length:
 
     t < w        t / w                              so the first update after t = 0 has rate 0
     linear       (S - t) / (S - w)
     cosine       (1 + cos(pi (t - w) / (S - w))) / 2
     constant     1
 
-An update that follows t others runs at the factor of t: optimizer first, then schedule, the order
-of `transformers`.
+An update that follows t others runs at the factor of t, as in `transformers`.
 """
 
 import math

@@ -1,14 +1,13 @@
 """A training run's state in one file, written whole or not at all.
 
-`step-000120.safetensors` holds the trainable tensors, the optimizer's, the random generators', and
-in its header the number of updates made and a fingerprint of everything frozen.  A file is written
-under another name, flushed to the disk and then renamed; the one before it stays until the next, so
-a kill at any moment, or a file cut short later, costs steps but never the run.
+`step-000120.safetensors` holds the trainable tensors, the states of the optimizer and of the random
+generators, and in its header the number of updates and a fingerprint of all frozen tensors.  A file
+is written under another name, flushed to the disk and then renamed, and the last two are kept: a
+kill at any moment, or a damaged file, costs steps but never the run.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minigpt.files import publish
+
 KEPT = 2  # how many snapshots stay on disk
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all that training does not move."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors that do not train."""
     digest = hashlib.sha256()
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     for name, tensor in [*frozen, *model.named_buffers()]:
@@ -64,7 +65,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     frozen: str,
 ) -> int:
-    """Puts the newest whole snapshot back; returns its number of updates, 0 when there is none.
+    """Restores the newest whole snapshot; returns its number of updates, 0 when there is none.
 
     Raises:
         ValueError: the snapshot is of another model, or of another set of trainable tensors.
@@ -93,20 +94,6 @@ def restore(
     return 0
 
 
-def publish(written: Path, final: Path) -> None:
-    """Gives a finished file its name, once its bytes are on the disk."""
-    written.chmod(0o644)  # safetensors makes files that only their owner may read
-    _flush(written)
-    os.replace(written, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def _check(
     file: Path,
     state: Mapping[str, object],
@@ -115,9 +102,9 @@ def _check(
     frozen: str,
 ) -> None:
     shapes = {f"parameter.{name}": p.shape for name, p in parameters.items()}
-    found = {name: t.shape for name, t in saved.items() if name.startswith("parameter.")}
-    if found != shapes:
-        different = sorted({name for name, _ in found.items() ^ shapes.items()})
+    stored = {name: t.shape for name, t in saved.items() if name.startswith("parameter.")}
+    if stored != shapes:
+        different = sorted({name for name, _ in stored.items() ^ shapes.items()})
         raise ValueError(f"{file} trains other tensors than this run: {', '.join(different[:4])}")
     if state["frozen"] != frozen:
         raise ValueError(f"{file} belongs to another base model: the frozen weights differ")

@@ -1,6 +1,6 @@
-"""One training loop.  It knows a module, a loss and the parameters that require gradients.
+"""One training loop for every model, objective and method: it trains whatever requires a gradient.
 
-A step, in this order:
+A step, in this order (`training_step`):
 
     forward, backward    g = sum_i (n_i / n) d loss_i / d theta   over micro-batches of n_i labels
     record               |g|, the norm over all trainable tensors, before clipping
@@ -9,14 +9,9 @@ A step, in this order:
     schedule             the rate of the next update (minigpt/training/schedule.py)
 """
 
-import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minigpt.data.text import Batch, moved
+from minigpt.data.text import IGNORED, Batch, moved
 from minigpt.models.config import one_of, positive
 from minigpt.models.mode import mode
-from minigpt.objectives.causal import IGNORED
-from minigpt.training import schedule, snapshot
+from minigpt.training import schedule
+from minigpt.training.interrupt import Interrupted, stop_requested
+from minigpt.training.record import Record
 from minigpt_kernels import ClippedAdamW
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -47,11 +43,11 @@ class TrainConfig:
         schedule: "linear", "cosine" or "constant", after `warmup_steps` of warm-up.
         schedule_steps: length of the schedule, T_sched >= T_train; None: T_train.
         max_norm: clip the global gradient norm to this; None: do not.
-        clip_from: the first updates, this many, are not clipped, T_0.
+        clip_from: number of first updates that are not clipped, T_0.
         accumulate: micro-batches in a step.
         bf16: run forward and backward in bfloat16 where autocast deems it safe.
-        evaluate_every: steps between two held-out losses; 0: none along the way.
-        snapshot_every: steps between two snapshots of the run; 0: none along the way.
+        evaluate_every: steps between two held-out losses; 0: none.
+        snapshot_every: steps between two snapshots of the run; 0: only at the end.
     """
 
     steps: int
@@ -104,22 +100,22 @@ class TrainConfig:
         return self.lr * factor
 
     def limit(self, t: int) -> float:
-        """Norm that the gradient of the update that follows `t` others is clipped to, c(t)."""
+        """Largest gradient norm of the update that follows `t` others, c(t)."""
         return math.inf if self.max_norm is None or t < self.clip_from else self.max_norm
 
 
 class Probe(Protocol):
-    """Looks at each step; what it returns joins the step's row of metrics."""
+    """Measures something at each step; what it returns joins the step's row of metrics."""
 
     def before(self) -> Row:
-        """Called when the gradients are there, before they are clipped."""
+        """Called after the backward pass, before the gradients are clipped."""
 
     def after(self) -> Row:
-        """Called when the weights are new.  Its time is not the step's."""
+        """Called after the update.  Its time does not count as the step's."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and did so between two steps with a snapshot on disk."""
+class NotFinite(ValueError):
+    """The loss or the gradient is NaN or infinite; the weights are as before the step."""
 
 
 def train(
@@ -139,11 +135,11 @@ def train(
         loss: `loss(model, batch)` -> scalar mean over the labels of the batch that are not -100.
         batches: micro-batch number -> batch; a pure function, so that a resumed run sees what an
             uninterrupted one would.
-        directory: where `metrics.jsonl` and `snapshots/` go; None: nowhere.
+        directory: folder of `metrics.jsonl` and `snapshots/`; None: nothing is written.
         heldout: batches whose mean loss is measured every `config.evaluate_every` steps.
         resume: continue from the newest whole snapshot of `directory`, if there is one.
         observe: called with each row of metrics.
-        probes: what else is measured in each step.
+        probes: further measurements at each step.
 
     Returns:
         One row a step, resumed ones included: step, loss and heldout_loss (nats a label), lr,
@@ -157,41 +153,36 @@ def train(
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
-    trained = list(parameters.values())
-    device = trained[0].device
-    optimizer = ClippedAdamW(trained, config.lr, config.betas, config.eps, config.weight_decay)
-    run = _Run(Path(directory), model, parameters, optimizer) if directory is not None else None
-    rows = run.restore() if run and resume else []
-    if run and not resume:
-        run.start()
+    optimizer = ClippedAdamW(
+        parameters.values(), config.lr, config.betas, config.eps, config.weight_decay
+    )
+    record = None if directory is None else Record(Path(directory), model, parameters, optimizer)
+    rows = record.restore() if record and resume else []
+    if record and not resume:
+        record.start()
     try:
-        with mode(model, training=True), _stop_requested() as stop:
+        with mode(model, training=True), stop_requested() as stop:
             for t in range(len(rows), config.steps):
                 begin = time.perf_counter()
-                for group in optimizer.param_groups:
-                    group["lr"], group["max_norm"] = config.rate(t), config.limit(t)
                 micro = [batches(t * config.accumulate + i) for i in range(config.accumulate)]
-                total = _backward(model, loss, micro, device, config.bf16)
-                squares = optimizer.sum_of_squares()
-                norm = squares.sqrt().item()
-                _check_finite(t + 1, total, norm, run)
-                row = {"step": t + 1, "loss": total, "lr": config.rate(t), "gradient_norm": norm}
-                for probe in probes:
-                    row |= probe.before()
-                optimizer.update(squares)
-                optimizer.zero_grad()
+                row: Row = {"step": t + 1}
+                try:
+                    row |= training_step(model, loss, micro, optimizer, config, t, probes)
+                except NotFinite as error:
+                    place = record.last_good() if record else ""
+                    raise ValueError(f"step {t + 1}: {error}{place}") from None
                 row["seconds"] = time.perf_counter() - begin
                 for probe in probes:
                     row |= probe.after()
                 if _due(t + 1, config.evaluate_every) and heldout:
                     row["heldout_loss"] = evaluate(model, loss, heldout, config.bf16)
                 rows.append(row)
-                if run:
-                    run.record(row)
+                if record:
+                    record.write(row)
                 observe(row)
                 last, stopping = t + 1 == config.steps, stop.is_set()
-                if run and (_due(t + 1, config.snapshot_every) or stopping or last):
-                    run.snapshot(t + 1)
+                if record and (_due(t + 1, config.snapshot_every) or stopping or last):
+                    record.snapshot(t + 1)
                 if stopping and not last:
                     raise Interrupted(f"interrupted after step {t + 1} of {config.steps}")
     finally:
@@ -199,17 +190,53 @@ def train(
     return rows
 
 
-def _backward(
-    model: nn.Module, loss: Loss, micro: list[Batch], device: torch.device, bf16: bool
-) -> float:
+def training_step(
+    model: nn.Module,
+    loss: Loss,
+    micro: Sequence[Batch],
+    optimizer: ClippedAdamW,
+    config: TrainConfig,
+    t: int,
+    probes: Sequence[Probe] = (),
+) -> Row:
+    """One update, on micro-batches that may come from anywhere.
+
+    Args:
+        t: number of updates before this one.
+        probes: their `before` is called once the gradients are there.
+
+    Returns:
+        loss in nats a label, lr, gradient_norm before clipping, and what the probes measured.
+
+    Raises:
+        NotFinite: the loss or the gradient is NaN or infinite.
+    """
+    lr = config.rate(t)
+    for group in optimizer.param_groups:
+        group["lr"], group["max_norm"] = lr, config.limit(t)
+    total = _backward(model, loss, micro, config.bf16)
+    squares = optimizer.sum_of_squares()
+    norm = squares.sqrt().item()
+    if not math.isfinite(total) or not math.isfinite(norm):
+        raise NotFinite(f"the loss is {total}, the gradient norm {norm}; stopped before the update")
+    row = {"loss": total, "lr": lr, "gradient_norm": norm}
+    for probe in probes:
+        row |= probe.before()
+    optimizer.update(squares)  # clips and updates
+    optimizer.zero_grad()
+    return row
+
+
+def _backward(model: nn.Module, loss: Loss, micro: Sequence[Batch], bf16: bool) -> float:
     """Adds up the gradient of the mean loss over all labels of `micro`; returns that loss."""
+    device = next(p.device for p in model.parameters() if p.requires_grad)
     n = sum(_labels(batch) for batch in micro)
     if n == 0:
         raise ValueError("a step has no label: nothing to learn from")
     total = 0.0
     for batch in micro:
         if _labels(batch) == 0:
-            continue  # no say, and its mean over no label is NaN
+            continue  # it adds nothing, and its mean over no label is NaN
         with _autocast(device, bf16):
             share = loss(model, moved(batch, device)) * (_labels(batch) / n)
         share.backward()
@@ -217,17 +244,9 @@ def _backward(
     return total
 
 
-def _check_finite(step: int, loss: float, norm: float, run: "_Run | None") -> None:
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise ValueError(
-            f"step {step}: the loss is {loss}, the gradient norm {norm}; "
-            f"stopped before the update{run.last_good() if run else ''}"
-        )
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool = False) -> float:
-    """Mean loss over all labels of `batches`, in nats, without dropout; the mode stays."""
+    """Mean loss over all labels of `batches`, in nats, without dropout."""
     total, n = 0.0, 0
     with mode(model, training=False):
         for batch in batches:
@@ -243,82 +262,11 @@ def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool 
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
-    """Keeps only each block's input and computes the rest again in the backward pass.
+    """Keeps only each block's input; the backward pass computes the rest again.
     Chen et al. 2016, https://arxiv.org/abs/1604.06174
     """
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-class _Run:
-    """What a run leaves on disk: one row of metrics a step, and snapshots."""
-
-    def __init__(
-        self,
-        directory: Path,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.metrics = directory / "metrics.jsonl"
-        self.snapshots = directory / "snapshots"
-        self.parameters, self.optimizer = parameters, optimizer
-        self.frozen = snapshot.fingerprint(model)
-
-    def start(self) -> None:
-        if self.metrics.exists() or self.snapshots.exists():
-            raise ValueError(
-                f"{self.metrics.parent} holds another run: resume it, or choose another"
-            )
-
-    def restore(self) -> list[Row]:
-        """Puts the newest snapshot back and drops the metrics of the steps after it."""
-        step = snapshot.restore(self.snapshots, self.parameters, self.optimizer, self.frozen)
-        lines = self.metrics.read_text().splitlines()[:step] if self.metrics.exists() else []
-        if len(lines) < step:
-            raise ValueError(f"{self.metrics} has {len(lines)} rows, the snapshot {step} steps")
-        rewritten = self.metrics.with_suffix(".partial")
-        rewritten.write_text("".join(f"{line}\n" for line in lines))
-        snapshot.publish(rewritten, self.metrics)
-        return [json.loads(line) for line in lines]
-
-    def record(self, row: Row) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def snapshot(self, step: int) -> None:
-        with self.metrics.open() as file:
-            os.fsync(file.fileno())  # a snapshot never knows of steps that the metrics do not
-        snapshot.save(self.snapshots, step, self.parameters, self.optimizer, self.frozen)
-
-    def last_good(self) -> str:
-        files = sorted(self.snapshots.glob("step-*.safetensors"))
-        return f"; the last good state is {files[-1]}" if files else ""
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a run stops between two steps and not within
-    one.  A second signal does what it always did.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _autocast(device: torch.device, bf16: bool) -> torch.autocast:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minigpt import GPTNeo, GPTNeoConfig
-from minigpt.objectives.causal import IGNORED
+from minigpt.data.text import IGNORED
 from minigpt_kernels import lora_linear
 from tests.kernels import lora_checks as checks
 

@@ -161,10 +161,10 @@ def test_samples_follow_the_closed_form(seven, temperature, top_k, top_p):
         top_p=top_p,
         generator=torch.Generator().manual_seed(0),
     )[:, 3]
-    found = np.bincount(samples.numpy(), minlength=7)
-    assert not found[p == 0].any()
+    counts = np.bincount(samples.numpy(), minlength=7)
+    assert not counts[p == 0].any()
     deviation = np.sqrt(N * p * (1 - p))
-    assert (abs(found - N * p) <= 4.5 * deviation + 1e-9).all(), (found, N * p)
+    assert (abs(counts - N * p) <= 4.5 * deviation + 1e-9).all(), (counts, N * p)
 
 
 def test_rows_and_steps_are_drawn_independently(seven):
@@ -174,9 +174,9 @@ def test_rows_and_steps_are_drawn_independently(seven):
     for a in np.argsort(-first)[:3]:
         rows = ids[ids[:, 3] == a]
         p = closed_form(seven(rows[:1, :4])[0, -1].detach().double().numpy(), 1.0, None, None)
-        found = np.bincount(rows[:, 4].numpy(), minlength=7)
+        counts = np.bincount(rows[:, 4].numpy(), minlength=7)
         deviation = np.sqrt(len(rows) * p * (1 - p))
-        assert (abs(found - len(rows) * p) <= 4.5 * deviation).all(), (found, len(rows) * p)
+        assert (abs(counts - len(rows) * p) <= 4.5 * deviation).all(), (counts, len(rows) * p)
 
 
 def test_same_seed_same_text_and_the_global_generator_stays_put(tiny_neo):

@@ -107,5 +107,5 @@ def test_is_small_and_its_window_bites(bundled: tuple[GPTNeo, Tokenizer]) -> Non
 def words(text: str) -> list[str]:
     """Runs of letters and apostrophes, lower-cased, without the apostrophes that quote."""
     text = text.replace("<|endoftext|>", " ").lower()
-    found = (run.strip("'") for run in re.findall(r"[a-z']+", text))
-    return [word for word in found if word]
+    words = (run.strip("'") for run in re.findall(r"[a-z']+", text))
+    return [word for word in words if word]

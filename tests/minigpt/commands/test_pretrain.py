@@ -115,16 +115,23 @@ def test_the_tokenizer_opens_in_transformers(finished: tuple[str, Path]) -> None
 
 def test_the_loss_falls(finished: tuple[str, Path]) -> None:
     _, out = finished
-    found = rows(out)
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in found if "heldout_loss" in row] == [4, 8]
-    assert found[-1]["loss"] < found[0]["loss"] - 0.3
+    steps = rows(out)
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in steps if "heldout_loss" in row] == [4, 8]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
     assert sorted(p.name for p in out.iterdir()) == [
         "metrics.jsonl",
         "model",
         "run.json",
         "summary.json",
     ]
+
+
+def test_batches_that_are_accumulated_count_as_seen(text: Path, tmp_path: Path) -> None:
+    command = [*options(text, tmp_path / "run", "clm"), "--accumulate", "3", "--steps", "2"]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["seen_tokens"] == 2 * 4 * 16 * 3
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class NGram:
         counts = []
         for k in range(1, order + 1):
             keys = places[-1][:-1][k - 1 :] * vocab_size + tokens[k - 1 :]
-            unique, found, count = np.unique(keys, return_inverse=True, return_counts=True)
-            places.append(np.concatenate([np.full(k, -1), found]))
+            unique, inverse, count = np.unique(keys, return_inverse=True, return_counts=True)
+            places.append(np.concatenate([np.full(k, -1), inverse]))
             self.keys.append(unique)
             counts.append(count)
         for k in range(1, order):  # an occurrence counts once for each symbol that stands before it

@@ -42,16 +42,16 @@ def test_by_hand() -> None:
     model = NGram([0, 1, 0, 2, 0, 1], 2, 4)
     # different symbols before 0: {1, 2}, before 1: {0}, before 2: {0};  c(.) = 2 + 1 + 1 = 4
     # D takes 1 + 1/2 + 1/2 = 2 of the 4, spread over V
-    one = np.array([1 / 4, 1 / 8, 1 / 8, 0]) + 2 / 4 * 1 / 4
-    np.testing.assert_allclose(distribution(model, []), one)
+    base = np.array([1 / 4, 1 / 8, 1 / 8, 0]) + 2 / 4 * 1 / 4
+    np.testing.assert_allclose(distribution(model, []), base)
     # after 0: 1 twice, 2 once;  D takes 1 + 1/2 of the 3
-    after_0 = np.array([0, 1 / 3, 1 / 6, 0]) + 1 / 2 * one
+    after_0 = np.array([0, 1 / 3, 1 / 6, 0]) + 1 / 2 * base
     np.testing.assert_allclose(distribution(model, [0]), after_0)
     # after 1, which also ends the text: 0 once;  D takes 1/2 of the 1
-    np.testing.assert_allclose(distribution(model, [1]), np.array([1 / 2, 0, 0, 0]) + 1 / 2 * one)
+    np.testing.assert_allclose(distribution(model, [1]), np.array([1 / 2, 0, 0, 0]) + 1 / 2 * base)
     # after 3: nothing was seen
-    np.testing.assert_allclose(distribution(model, [3]), one)
-    assert model.bits([0, 1, 0]) == pytest.approx(-np.log2(after_0[1] * (1 / 2 + 1 / 2 * one[0])))
+    np.testing.assert_allclose(distribution(model, [3]), base)
+    assert model.bits([0, 1, 0]) == pytest.approx(-np.log2(after_0[1] * (1 / 2 + 1 / 2 * base[0])))
 
 
 def test_discounts() -> None:

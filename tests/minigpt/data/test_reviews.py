@@ -91,11 +91,11 @@ def test_the_recipe_makes_the_same_bytes(part: str, tmp_path) -> None:
 
 def test_counting_words_finds_some_of_it_and_not_all(parts: tuple[Rows, Rows]) -> None:
     train, test = parts
-    found = [f"{100 * bag_of_words.accuracy(train, test, c):.1f}" for c in (0.01, 0.001, 0.1)]
-    assert all(60 < float(accuracy) < 90 for accuracy in found)
+    accuracies = [f"{100 * bag_of_words.accuracy(train, test, c):.1f}" for c in (0.01, 0.001, 0.1)]
+    assert all(60 < float(accuracy) < 90 for accuracy in accuracies)
     card = " ".join(CARD.read_text().split())
-    assert f"| bag of words | {found[0]} % |" in card
-    assert f"a decay of 0.001 it reaches {found[1]} %, with 0.1 {found[2]} %" in card
+    assert f"| bag of words | {accuracies[0]} % |" in card
+    assert f"a decay of 0.001 it reaches {accuracies[1]} %, with 0.1 {accuracies[2]} %" in card
     majority = max(Counter(label for _, label in test).values()) / len(test)
     assert f"| majority class | {100 * majority:.1f} % |" in card
 

@@ -128,8 +128,8 @@ def test_tokenizer_config_rules_the_word_pieces(tmp_path, options, pieces):
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
     ids = Tokenizer.load(tmp_path).encode("Café 日本")
-    found = [words[i] for i in ids]
-    assert list(dict.fromkeys(found)) == pieces
+    produced = [words[i] for i in ids]
+    assert list(dict.fromkeys(produced)) == pieces
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])

@@ -10,14 +10,12 @@ from minigpt.data.text import read_text
 from minigpt.metrics.intervals import (
     Estimate,
     difference,
-    longer_than,
     mean,
     perplexity,
-    popular_share,
-    popular_tokens,
     share,
     student,
 )
+from minigpt.metrics.popular_tokens import longer_than, popular_share, popular_tokens
 from tests.conftest import real_data
 
 NEWCOMBE = {  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
@@ -155,8 +153,8 @@ def test_popular_shares_of_real_texts() -> None:
     texts = [tokenizer.encode(read_text(file)) for file in files]
     allowed: Callable[[int], bool] = longer_than(2, tokenizer.decode)
     sets = [popular_tokens(ids, 100, allowed) for ids in texts]
-    found = [popular_share(ids, popular).value for ids in texts for popular in sets]
-    assert found == pytest.approx([0.2980, 0.2484, 0.2154, 0.2483], abs=0.0015)
+    shares = [popular_share(ids, popular).value for ids in texts for popular in sets]
+    assert shares == pytest.approx([0.2980, 0.2484, 0.2154, 0.2483], abs=0.0015)
 
 
 def test_the_difference_of_two_shares_is_newcombes() -> None:

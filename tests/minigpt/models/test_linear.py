@@ -34,14 +34,14 @@ def test_output_and_gradients_are_those_of_a_plain_layer(
     ours = layer(13, N, bias, dtype)
     x = torch.randn(shape, dtype=dtype)
     dy = torch.randn(*shape[:-1], N, dtype=dtype)
-    found: list[list[Tensor]] = []
+    results: list[list[Tensor]] = []
     for forward in (ours, lambda x: F.linear(x, ours.weight, ours.bias)):
         ours.zero_grad()
         inputs = x.clone().requires_grad_(True)
         y = forward(inputs)
         y.backward(dy)
-        found.append([y, inputs.grad, *(p.grad for p in ours.parameters())])
-    for got, want in zip(*found, strict=True):
+        results.append([y, inputs.grad, *(p.grad for p in ours.parameters())])
+    for got, want in zip(*results, strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want)
 

@@ -190,8 +190,8 @@ def test_accuracy_counts_rows_without_dropout_and_leaves_the_mode(
     model = sibling(hf).train()
     torch.manual_seed(0)
     for size in (1, 7, 96):
-        found = accuracy(model, consecutive_examples(examples, size, 0))
-        assert found == share(right, len(examples))
+        estimate = accuracy(model, consecutive_examples(examples, size, 0))
+        assert estimate == share(right, len(examples))
     assert model.training
 
 

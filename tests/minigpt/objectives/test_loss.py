@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_lite
 from minigpt import Bert, BertConfig
-from minigpt.objectives.causal import ROWS, chunked_cross_entropy, language_model_loss
+from minigpt.objectives.causal import language_model_loss
+from minigpt.objectives.cross_entropy import ROWS, chunked_cross_entropy
 from tests import tiny
 
 M, D, V = 13, 8, 29
@@ -177,13 +178,13 @@ class LargestLogits(TorchDispatchMode):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.own = head.weight.numel()
+        self.weight = head.weight.numel()
         self.rows = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, Tensor) and t.dim() and t.size(-1) == V and t.numel() != self.own:
+            if isinstance(t, Tensor) and t.dim() and t.size(-1) == V and t.numel() != self.weight:
                 self.rows = max(self.rows, t.numel() // V)
         return out
 
@@ -207,10 +208,10 @@ def test_never_more_than_a_chunk_of_logits() -> None:
 def test_nothing_with_v_columns_is_kept_for_the_backward_pass() -> None:
     def kept(loss: object) -> list[torch.Size]:
         x, head, labels = problem()
-        own, shapes = head.weight.untyped_storage().data_ptr(), []
+        weight, shapes = head.weight.untyped_storage().data_ptr(), []
 
         def pack(t: Tensor) -> Tensor:
-            if t.untyped_storage().data_ptr() != own and t.dim() and t.size(-1) == V:
+            if t.untyped_storage().data_ptr() != weight and t.dim() and t.size(-1) == V:
                 shapes.append(t.shape)
             return t
 

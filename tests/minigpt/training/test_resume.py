@@ -247,9 +247,9 @@ def test_snapshot_of_other_trainable_tensors_is_refused(kind: str, tmp_path: Pat
 
 def test_a_parameter_that_no_loss_reaches_resumes_too(tmp_path: Path) -> None:
     def model() -> GPTNeo:
-        one = tiny.gpt_neo()
-        one.register_parameter("unused", nn.Parameter(torch.ones(3)))
-        return one
+        model = tiny.gpt_neo()
+        model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+        return model
 
     with pytest.raises(Interrupted):
         started(tmp_path / "a", model(), loss=stop_within(5))

@@ -20,7 +20,8 @@ import peft_lite
 from minigpt import GPTNeo, TrainConfig, generate, train
 from minigpt.data.text import Batch
 from minigpt.objectives.causal import language_model_loss
-from minigpt.training.train import checkpoint_activations, evaluate
+from minigpt.training.train import NotFinite, checkpoint_activations, evaluate, training_step
+from minigpt_kernels import ClippedAdamW
 from tests import tiny
 
 STEPS, LR, CLIP = 20, 3e-3, 0.5
@@ -95,6 +96,53 @@ def test_equals_a_loop_by_hand_in_float64() -> None:
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-12, atol=0)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert tiny.gap(p, q) < 1e4  # twenty steps of AdamW spread a rounding error
+
+
+def rollout(model: GPTNeo, t: int) -> Batch:
+    """Texts that the model itself continues: no function of the step's number alone."""
+    ids = generate(model, tiny.batch(t)["input_ids"][:, :4], 6, temperature=0)
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+
+def test_a_step_of_its_own_learns_from_what_the_model_generates() -> None:
+    model = tiny.gpt_neo().double()
+    twin = copy.deepcopy(model)
+    optimizer = ClippedAdamW(model.parameters(), LR, weight_decay=CONFIG.weight_decay)
+    oracle = torch.optim.AdamW(twin.parameters(), LR, weight_decay=CONFIG.weight_decay)
+    schedule = get_linear_schedule_with_warmup(oracle, 4, 25)
+    sequences = set()
+    for t in range(STEPS):
+        batch, other = rollout(model, t), rollout(twin, t)
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+        sequences |= {tuple(row) for row in batch["input_ids"].tolist()}
+        row = training_step(model, tiny.full_loss, [batch], optimizer, CONFIG, t)
+        loss = tiny.full_loss(twin, other)
+        loss.backward()
+        norm = clip_grad_norm_(twin.parameters(), CLIP)
+        want = {"loss": loss.item(), "lr": schedule.get_last_lr()[0], "gradient_norm": norm.item()}
+        assert row == pytest.approx(want, rel=1e-10)
+        oracle.step()
+        schedule.step()
+        oracle.zero_grad()
+    assert len(sequences) == 3 * STEPS
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert tiny.gap(p, q) < 1e4  # twenty steps of AdamW spread a rounding error
+
+
+def test_a_step_without_a_finite_loss_changes_nothing() -> None:
+    model = tiny.gpt_neo()
+    before = state(model)
+    optimizer = ClippedAdamW(model.parameters(), LR)
+    with pytest.raises(NotFinite, match="the loss is nan, the gradient norm nan; stopped before"):
+        training_step(
+            model,
+            lambda m, b: tiny.full_loss(m, b) * math.nan,
+            [tiny.batch(0)],
+            optimizer,
+            CONFIG,
+            9,
+        )
+    assert unmoved(model, before) == before.keys()
 
 
 def test_gradient_norm_is_recorded_before_clipping_and_clipping_may_be_off() -> None:
@@ -349,11 +397,11 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
     model.blocks[0].mlp.up.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
     config = TrainConfig(steps=12, lr=1e-2, bf16=True, evaluate_every=4)
 
-    def one(i: int) -> Batch:
+    def batch(i: int) -> Batch:
         return tiny.batch(0)
 
-    rows = train(model, language_model_loss, one, config, heldout=[one(0)])
-    exact = train(twin, language_model_loss, one, TrainConfig(steps=12, lr=1e-2))
+    rows = train(model, language_model_loss, batch, config, heldout=[batch(0)])
+    exact = train(twin, language_model_loss, batch, TrainConfig(steps=12, lr=1e-2))
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert rows[0]["loss"] == pytest.approx(exact[0]["loss"], rel=torch.finfo(torch.bfloat16).eps)

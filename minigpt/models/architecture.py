@@ -1,0 +1,218 @@
+"""What a model offers to its callers, and what an architecture's file says of it at its end.
+
+A new architecture is one file: its config, its model, and `ARCHITECTURE`, which holds the tensor
+names, the heads and `config.json` in and out; plus one line in minigpt/models/architectures.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minigpt.models.attention import Cache
+from minigpt.models.config import nearest
+from minigpt.models.names import Names
+
+
+class Config(Protocol):
+    """What every architecture's config has."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+class Model(nn.Module):
+    """The attributes and methods that every architecture's model has.
+
+    Attributes:
+        config: shapes and constants.
+        names: native names to the checkpoint's, for the head it has.
+        head_kind: "causal-lm", "masked-lm", "classification" or "none".
+        head: states to logits; nn.Identity for "none".
+        num_labels: number of classes of a classification head; 0 where there is no such head.
+        task_type: HF PEFT's name for what the head does.
+        embeddings: the embedding tables; `embeddings.token` is that of the vocabulary.
+        blocks: the layers of the body, in order.
+    """
+
+    config: Config
+    names: Names
+    head_kind: str
+    head: nn.Module
+    num_labels: int = 0
+    task_type: str
+    embeddings: Any
+    blocks: nn.ModuleList
+
+    @property
+    def architecture(self) -> "Architecture":
+        """The description at the end of the model's file."""
+        raise NotImplementedError
+
+    @property
+    def max_tokens(self) -> int:
+        """Number of positions for tokens."""
+        raise NotImplementedError
+
+    @property
+    def unembedding(self) -> nn.Linear | None:
+        """The layer that gives logits over the vocabulary; None where the head has none."""
+        raise NotImplementedError
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) -> the states (B, T, D) that the head reads."""
+        raise NotImplementedError
+
+    def tie(self) -> None:
+        """Makes the head's weight the token embedding's, where the config ties them."""
+        raise NotImplementedError
+
+    def initialize(self, module: nn.Module) -> None:
+        """Gives the parameters of one module their first values."""
+        raise NotImplementedError
+
+
+class Decoder(Model):
+    """A model that generates: each state depends on the tokens before it, and caches hold them."""
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        caches: list[Cache] | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) -> states (B, T, D).  With `caches` they follow the tokens cached."""
+        raise NotImplementedError
+
+    def new_caches(self, batch: int, slots: int) -> list[Cache]:
+        """Empty caches, one a block, for `slots` tokens of each of `batch` rows."""
+        raise NotImplementedError
+
+
+def _nothing(_: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a checkpoint of one `model_type` is made of.
+
+    Attributes:
+        model_type: the architecture's name in config.json.
+        model, config: the native classes.  `model(config, head)` builds a model; one that has a
+            classification head takes the number of classes as a third argument.
+        names: the table of tensor names.
+        heads: head -> Hugging Face's class name, for `architectures` in config.json.
+        default: the head of a checkpoint that shows no other.
+        signs: head -> beginning of the tensor names that only a checkpoint with that head has.
+        dropped: head -> beginnings of native names that a checkpoint may have and the model lacks.
+        fresh: beginnings of native names that a checkpoint may lack as a whole.
+        copies: checkpoint name -> second name of the same tensor where embeddings are not tied.
+        fixed: fields of config.json that change the mathematics, with the only value supported.
+        read: content of config.json -> config fields that are written in another form there.
+        write: model -> fields of config.json in that form.
+    """
+
+    model_type: str
+    model: type[Any]
+    config: type[Any]
+    names: Names
+    heads: Mapping[str, str]
+    default: str
+    signs: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ("head.",)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    write: Callable[[Any], dict[str, Any]] = _nothing
+
+    def build(self, config: Config, head: str, num_labels: int = 2) -> Model:
+        """A freshly initialised model.  Raises ValueError for a head that it cannot have."""
+        if head not in self.heads:
+            raise ValueError(
+                f"head {head!r}: {self.model.__name__} has {', '.join(self.heads)}"
+                f"{nearest(head, self.heads)}"
+            )
+        if head == "classification":
+            return self.model(config, head, num_labels)
+        return self.model(config, head)
+
+    def outline(self, config: Config, head: str, num_labels: int = 2) -> Model:
+        """A model on the meta device: names and shapes without values."""
+        with without_values():
+            return self.build(config, head, num_labels)
+
+    def config_from(self, raw: Mapping[str, Any]) -> Config:
+        """The content of config.json -> the config; other models' fields are left out.
+
+        Raises:
+            ValueError: it asks for what is not supported, or a value makes no sense.
+        """
+        for name, value in self.fixed.items():
+            if raw.get(name, value) != value:
+                raise ValueError(f"{name} {raw[name]!r} is not supported, only {value!r}")
+        known = {f.name for f in fields(self.config)}
+        settings = {name: value for name, value in raw.items() if name in known}
+        try:
+            return self.config(**settings | self.read(raw))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    def head_from(self, raw: Mapping[str, Any]) -> str:
+        """The head that the content of config.json names, else the default."""
+        named = raw.get("architectures") or []
+        return next((head for head, t in self.heads.items() if t in named), self.default)
+
+
+def num_labels_from(raw: Mapping[str, Any]) -> int:
+    """The number of classes that the content of config.json names, else 2."""
+    return int(raw.get("num_labels") or len(raw.get("id2label") or (0, 1)))
+
+
+def config_json(model: Model) -> dict[str, Any]:
+    """The settings of a model as Hugging Face's config.json has them."""
+    architecture = model.architecture
+    settings = asdict(model.config)  # type: ignore[call-overload]
+    settings |= {
+        "model_type": architecture.model_type,
+        "architectures": [architecture.heads[model.head_kind]],
+    }
+    layer = model.unembedding
+    if layer is not None and layer.weight is not model.embeddings.token.weight:
+        settings["tie_word_embeddings"] = False  # a folded adapter untied them
+    settings["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    names = settings.pop("id2label", None) or {}
+    if model.head_kind == "classification":
+        if len(names) != model.num_labels:  # of another head, or none were given
+            names = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
+        settings["id2label"] = names
+        settings["label2id"] = {name: int(i) for i, name in names.items()}
+    return settings | architecture.write(model)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """New parameters have a name and a shape but no values: they lie on the meta device."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    """Skips the drawing of random numbers: on the meta device it would draw nothing, but import a
+    compiler first, which takes more than a second.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
