@@ -61,7 +61,7 @@ def test_no_side_is_below_the_floor_and_small_ones_pay_for_launches(
             continue
         for own, bound in zip(kernels, least, strict=True):
             if own and side != paper.BASE:
-                assert paper.seconds(own) > bound
+                assert paper.seconds(own) >= bound  # the fused forward pass is at the floor
             assert paper.seconds(own) >= 2e-6 * len(own)
 
 
