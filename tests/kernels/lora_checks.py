@@ -177,10 +177,7 @@ def check_compiled(
 def forced(route: str) -> Iterator[None]:
     """Every LoRA product takes this route."""
     product = partial(lora_linear, backend=route)
-    with (
-        patch("peft_lite.lora.lora_linear", product),
-        patch("minigpt_kernels.siblings.lora_linear", product),
-    ):
+    with patch("peft_lite.lora.lora_linear", product):
         yield
 
 
