@@ -16,7 +16,7 @@ lint: .venv/test          ## style and types
 	$(BIN)/mypy
 
 kernels: .venv/test       ## compile every Triton kernel for three GPUs, without one, and look for faults
-	$(BIN)/python -W ignore -m minigpt_kernels.compile_all
+	$(BIN)/python -W ignore -m minigpt_kernels.compile_check
 
 bench: .venv/test         ## measure against the peers, write benchmarks/results/*.csv and the tables
 	$(BIN)/python -m benchmarks

@@ -27,7 +27,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "startup.csv": ("minigpt/__init__.py", "minigpt/models", "minigpt/checkpoints"),
     "lora_linear_cpu.csv": ("kernels",),
     "lora_linear_gpu.csv": ("kernels",),
-    "lora_linear_gpu_errors.csv": ("kernels",),
+    "lora_linear_errors.csv": ("kernels",),
     "clipped_update_cpu.csv": ("kernels",),
     "clipped_update_gpu.csv": ("kernels",),
     "probe.csv": (),  # of the machine, not of this project's code

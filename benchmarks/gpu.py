@@ -1,5 +1,5 @@
-"""All that a GPU has to measure, in one go: the result files, the table of kernels/dispatch.py, and
-the tables and plots of the documentation.
+"""All that a GPU has to measure, in one go: the result files, the table of routes
+(kernels/measured.csv), and the tables and plots of the documentation.
 
 Each benchmark writes its file as it goes, and none goes on after eight minutes; what was measured
 by then is drawn, and a benchmark that was stopped can be run by itself.  Without a GPU it says so

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from benchmarks import paper
+from benchmarks import paper, reference
 from benchmarks.paper import Shape
-from minigpt_kernels import Lora, lora_linear, lora_linears, reference
+from minigpt_kernels import lora_linear
 
 SCALING = 2.0
 
@@ -70,7 +70,11 @@ def layers(side: str, sets: list[Inputs], p: float) -> list[Layer]:
 
 def _product(side: str, p: float) -> Callable[..., Tensor]:
     """(x, W, A, B) -> y"""
-    routes = {paper.OURS_TORCH: "torch", paper.OURS_TRITON: "triton"}
+    routes = {
+        paper.OURS_TORCH: "torch",
+        paper.OURS_TRITON: "triton",
+        paper.OURS_FUSED: "fused",
+    }
     if side in routes:
         return lambda x, w, a, b: lora_linear(x, w, None, a, b, SCALING, p, backend=routes[side])
     if side == paper.BASE:
@@ -88,9 +92,13 @@ def _product(side: str, p: float) -> Callable[..., Tensor]:
 
 def ours(siblings: list[Inputs], p: float) -> Layer:
     """Ours by the route that fits, one layer or several of the first one's x."""
-    loras = [Lora(own.weight, None, own.lora_a, own.lora_b, SCALING) for own in siblings]
-    factors = [lora.lora_a for lora in loras] + [lora.lora_b for lora in loras]
-    return Layer(lambda x: tuple(lora_linears(x, loras, p)), factors)
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            lora_linear(x, own.weight, None, own.lora_a, own.lora_b, SCALING, p) for own in siblings
+        )
+
+    return Layer(call, [own.lora_a for own in siblings] + [own.lora_b for own in siblings])
 
 
 def peft_layer(siblings: list[Inputs], p: float) -> Layer:

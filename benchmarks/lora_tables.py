@@ -1,7 +1,7 @@
 """Tables and a plot of the LoRA layer and of a training step on a GPU, for `benchmarks.tables`.
 
 Where a GPU has measured nothing yet the tables stand there all the same, "not measured" in their
-cells beside the times on paper.  A ratio is the quicker of our two routes / the row's side, of the
+cells beside the times on paper.  A ratio is the quickest of our routes / the row's side, of the
 medians; in brackets stand the quartiles of the single rounds' ratios.
 """
 
@@ -169,7 +169,7 @@ def _paper(side: str, shape: Shape, p: float) -> list[float] | None:
 
 
 def _ours(times: Times) -> str | None:
-    """The quicker of our routes; None: not measured."""
+    """The quickest of our routes; None: not measured."""
     sides = {side for side, _ in times if side in ROUTES}
     phase = BOTH if any(phase == BOTH for _, phase in times) else FORWARD
     found = {side: quartiles(times[side, phase])[1] for side in sides if (side, phase) in times}
@@ -228,7 +228,7 @@ def plot(folder: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 6), layout="constrained")
-    for side, marker in zip((*paper.SIDES, paper.FLOOR), ".ovs^Dx+*_", strict=True):
+    for side, marker in zip((*paper.SIDES, paper.FLOOR), ".ovs^Dx+*_1", strict=True):
         points = []
         for shape in GPU_SHAPES:
             times, phase = _times(rows, shape, 0.0, timings(shape)[-1]), phases(shape)[-1]

@@ -18,12 +18,22 @@ LAUNCH = 2e-6  # seconds
 
 BASE, FLOOR = "base linear alone", "floor"
 OURS_TORCH, OURS_TRITON = "ours, torch route", "ours, triton route"
+OURS_FUSED = "ours, fused route"
 EAGER, COMPILED = "torch eager", "torch.compile"
 PEFT, PEFT_FP32 = "HF PEFT, bf16 adapters", "HF PEFT, fp32 adapters"
 UNSLOTH, FUSION = "unsloth's sequence of calls", "LoRAFusion's sequence of calls"
 SIDES = (
-    OURS_TRITON, OURS_TORCH, EAGER, COMPILED, PEFT, PEFT_FP32, UNSLOTH, FUSION, BASE,
-)  # fmt: skip
+    OURS_TRITON,
+    OURS_TORCH,
+    OURS_FUSED,
+    EAGER,
+    COMPILED,
+    PEFT,
+    PEFT_FP32,
+    UNSLOTH,
+    FUSION,
+    BASE,
+)
 
 
 class Shape(NamedTuple):
@@ -113,21 +123,26 @@ def side_kernels(
         forward = [*drop, shrink, gemm(M, R, N), gemm(M, K, N, also=2 * y)]
         back = [d_shrink, d_b, d_a, gemm(M, R, K), *drop, gemm(M, N, K, also=2 * x)]
         return forward, back
+    bits = x / 8 if dropout else 0
+    mask = [move(8), move(bits)] if dropout else []  # the seed, the bits
+    # the update first: the large product reads what its output holds
+    onto_y, onto_dx = gemm(M, K, N, also=2 * y), gemm(M, N, K, also=2 * x)
     if side == OURS_TORCH:
-        mask = [move(4 * x), move(5 * x)] if dropout else []  # draw, compare
-        forward = [*mask, *drop, shrink, base, add]
-        update = [gemm(M, R, K), move(7 * x)] if dropout else [d_add]
-        return forward, [d_shrink, d_base, *update, *drop, *small, d_a, *small, d_b]
+        drop = [move(bits + x), move(5 * x)] if dropout else []  # unpack, multiply
+        forward = [*mask, *drop, shrink, gemm(M, R, N), onto_y]
+        return forward, [d_shrink, gemm(M, R, K), *drop, onto_dx, *drop, d_a, d_b]
+    a_parts = 4 * R * K * -(-M // 512)
+    b_parts = 4 * R * N * -(-M // 128)
+    sums = move(a_parts + b_parts + 2 * R * (K + N))
     if side == OURS_TRITON:
-        if M <= 16:  # W and A read in pieces, then the pieces summed
-            parts = 8 * M * (N + R)
-            return [gemm(M, K, N + R, also=parts), move(2 * y + parts)], []
-        bits = x / 8 if dropout else 0
-        mask = [move(8), move(bits)] if dropout else []  # the seed, the bits
-        expand = Kernel(base.flops + 2 * y * R, base.bytes + 2 * R * (M + N))
-        d_expand = Kernel(d_base.flops + 2 * x * R, d_base.bytes + 2 * R * (M + K) + bits)
-        sums = [move(64 * R * K), move(6 * R * K)]  # of 16 pieces, then to bf16
-        forward = [*mask, shrink._replace(bytes=shrink.bytes + bits), expand]
-        back = [d_shrink, d_expand, d_a._replace(bytes=d_a.bytes + bits), *sums]
-        return forward, [*back, d_b, move(64 * R * N), move(6 * R * N)]
+        drop = [move(bits + x), move(5 * x)] if dropout else []
+        forward = [*mask, shrink._replace(bytes=shrink.bytes + bits), gemm(M, R, N), onto_y]
+        dy_pass = Kernel(d_shrink.flops + d_b.flops, d_shrink.bytes + 2 * M * R + b_parts)
+        d_a = d_a._replace(bytes=d_a.bytes + bits + a_parts)
+        return forward, [dy_pass, move(6 * M * R), gemm(M, R, K), *drop, onto_dx, d_a, sums]
+    if side == OURS_FUSED:
+        forward = [*mask, Kernel(base.flops + 4 * y * R, base.bytes + 2 * R * (M + N + K) + bits)]
+        d_x = Kernel(d_base.flops + 4 * x * R, d_base.bytes + 2 * R * (M + N + K) + bits)
+        d_a = d_a._replace(bytes=d_a.bytes + bits + a_parts)
+        return forward, [d_x, d_a, d_b._replace(bytes=d_b.bytes + b_parts), sums]
     raise ValueError(f"side is {side!r}, must be one of {', '.join(SIDES)}")

@@ -1,7 +1,8 @@
-"""The table of kernels/dispatch.py out of what was measured on a GPU: kernels/measured.csv.
+"""The table of routes, kernels/measured.csv, from what was measured on a GPU.
 
-For each shape the quicker of our two routes, by the medians of forward and backward as eager
-training launches them (forward alone for a decoding step).  Where Triton loses the row says so.
+For each shape the quickest of our routes, by the medians of forward and backward as eager
+training launches them (forward alone for a decoding step).  A shape is left out until every
+route is measured there.
 
     python -m benchmarks.routes
 """
@@ -13,42 +14,43 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS, quartiles, read
 from benchmarks.lora_linear import BOTH, FEW, FORWARD, LAUNCHED
-from benchmarks.paper import OURS_TORCH, OURS_TRITON
-from minigpt_kernels import dispatch
-from minigpt_kernels.dispatch import Measured
+from benchmarks.paper import OURS_FUSED, OURS_TORCH, OURS_TRITON
+from minigpt_kernels import backend
+from minigpt_kernels.backend import Case
 
-TABLE = Path(dispatch.__file__).with_name("measured.csv")
-ROUTES = {OURS_TORCH: "torch", OURS_TRITON: "triton"}
+TABLE = Path(backend.__file__).with_name("measured.csv")
+ROUTES = {OURS_TORCH: "torch", OURS_TRITON: "triton", OURS_FUSED: "fused"}
 
 
-def routes(rows: Sequence[Mapping[str, str]]) -> list[Measured]:
-    """One for each shape that has both routes."""
+def routes(rows: Sequence[Mapping[str, str]]) -> dict[Case, str]:
+    """Case -> route, for each shape that has all routes."""
     seconds: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in rows:
         phase = FORWARD if int(row["M"]) <= FEW else BOTH
         if (row["timing"], row["phase"]) == (LAUNCHED, phase) and row["side"] in ROUTES:
-            case = tuple(row[n] for n in ("capability", "dtype", "M", "K", "N", "R", "dropout"))
-            sides = seconds.setdefault(case, {})
+            key = tuple(row[n] for n in ("capability", "dtype", "M", "K", "N", "R", "dropout"))
+            sides = seconds.setdefault(key, {})
             sides.setdefault(row["side"], []).append(float(row["seconds"]))
-    found = []
+    found = {}
     for (capability, dtype, *sizes, dropout), sides in seconds.items():
         if len(sides) == len(ROUTES):
             best = min(sides, key=lambda side: quartiles(sides[side])[1])
             major, minor = map(int, capability.split("."))
             M, K, N, R = map(int, sizes)
-            where = (major, minor)
-            found.append(Measured(where, dtype, M, K, N, R, float(dropout) > 0, route=ROUTES[best]))
+            case = Case((major, minor), dtype, M, K, N, R, float(dropout) > 0)
+            found[case] = ROUTES[best]
     return found
 
 
-def write(path: Path, facts: Mapping[str, str], rows: Sequence[Measured]) -> None:
+def write(path: Path, facts: Mapping[str, str], table: Mapping[Case, str]) -> None:
     """Whole or not at all."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Measured._fields)
-        writer.writerows([".".join(map(str, row.capability)), *row[1:]] for row in rows)
+        writer.writerow([*Case._fields, "route"])
+        for case, route in table.items():
+            writer.writerow([".".join(map(str, case.capability)), *case[1:], route])
     partial.replace(path)
     print(path)
 

@@ -1,8 +1,8 @@
 """Seconds and peak memory of a training step on a GPU: GPT-Neo-125M, batch 8 x 512, bf16.
 
 LoRA over weights in bf16, ours with factors in fp32 as they are by default, HF PEFT's with factors
-in bf16; full fine-tuning with weights in fp32 under autocast.  Sides: ours by the torch route and
-by the triton route, `transformers` with `peft`, and that under torch.compile; each clips the norm
+in bf16; full fine-tuning with weights in fp32 under autocast.  Sides: ours by each
+route, `transformers` with `peft`, and that under torch.compile; each clips the norm
 to 1 and updates by AdamW, ours by `ClippedAdamW`, theirs by torch's fused one.  They live in one
 process, start from the same weights and take turns on the same batches; the losses must agree.
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import device as on
 from benchmarks.common import THEIRS, checkpoint, fresh, options, write_each
-from benchmarks.paper import OURS_TORCH, OURS_TRITON
+from benchmarks.paper import OURS_FUSED, OURS_TORCH, OURS_TRITON
 from benchmarks.routes import ROUTES
 from benchmarks.sides import LR, METHODS, VOCABULARY, their_model
 from benchmarks.training_step import check_trainable, copy_adapter
@@ -36,13 +36,13 @@ from minigpt import load
 from minigpt.data.text import IGNORED
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.methods import attach
-from minigpt_kernels import ClippedAdamW, dispatch
+from minigpt_kernels import ClippedAdamW, lora_linear
 
 BATCH, LENGTH, BATCHES = 8, 512, 8
 COMPILED = f"{THEIRS}, torch.compile"
 SIDES = {
-    "lora": (OURS_TRITON, OURS_TORCH, THEIRS, COMPILED),
-    "lora-all": (OURS_TRITON, OURS_TORCH, THEIRS, COMPILED),
+    "lora": (OURS_TRITON, OURS_TORCH, OURS_FUSED, THEIRS, COMPILED),
+    "lora-all": (OURS_TRITON, OURS_TORCH, OURS_FUSED, THEIRS, COMPILED),
     "full": (OURS_TORCH, THEIRS, COMPILED),  # no LoRA product: one route
 }
 STEPS = 3  # in one measurement
@@ -117,10 +117,11 @@ def our_step(model: Any, ids: Tensor, route: str, autocast: Any) -> Step:
     labels = torch.full_like(ids, IGNORED)
     labels[..., :-1] = ids[..., 1:]
     turn = count()
+    product = partial(lora_linear, backend=route)
 
     def step() -> Tensor:
         i = next(turn) % len(ids)
-        with patch.object(dispatch, "route", lambda *_: route), autocast:
+        with patch("peft_lite.lora.lora_linear", product), autocast:
             loss = language_model_loss(model, {"input_ids": ids[i], "labels": labels[i]})
         loss.backward()
         optimizer.step()

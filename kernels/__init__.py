@@ -1,7 +1,6 @@
 """The hot path of parameter-efficient fine-tuning."""
 
-from .lora_function import Lora
-from .lora_linear import lora_linear, lora_linears
+from .lora import lora_linear
 from .optimizers import ClippedAdamW, ClippedSGD
 
-__all__ = ["ClippedAdamW", "ClippedSGD", "Lora", "lora_linear", "lora_linears"]
+__all__ = ["ClippedAdamW", "ClippedSGD", "lora_linear"]

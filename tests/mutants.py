@@ -310,9 +310,9 @@ MUTANTS = [
     mutant(
         "dropout drops without scaling what it keeps",
         HERE,
-        "kernels/lora_function.py",
-        "by.shrink(x, a, 1 / (1 - p), bits, xa)",
-        "by.shrink(x, a, 1.0, bits, xa)",
+        "kernels/lora.py",
+        "c = scaling / (1 - dropout_p)",
+        "c = scaling",
         "test_lora",
     ),
     mutant(
@@ -455,17 +455,9 @@ MUTANTS = [
     mutant(
         "A's gradient comes from inputs that were dropped",
         HERE,
-        "kernels/lora_function.py",
-        "da = by.outer(ds, x, c, bits)",
-        "da = by.outer(ds, x, c)",
-        "test_kernels_lora",
-    ),
-    mutant(
-        "of siblings only the first sends a gradient to x",
-        HERE,
-        "kernels/lora_function.py",
-        "by.add_product(dx, dy, lora.weight.T)",
-        "continue",
+        "kernels/lora.py",
+        "da = ds.T @ (x if bits is None else x * unpack(bits, x.size(1)))",
+        "da = ds.T @ x",
         "test_kernels_lora",
     ),
     mutant(
@@ -511,15 +503,15 @@ MUTANTS = [
     mutant(
         "a layer of few rows decodes without s",
         HERE,
-        "kernels/lora_torch.py",
-        "a @ columns, alpha=c)",
+        "kernels/lora.py",
+        "a @ columns, alpha=s)",
         "a @ columns)",
-        "test_linear",
+        "test_kernels_lora",
     ),
     mutant(
         "the kernel masks another row's elements",
         HERE,
-        "kernels/lora_kernels.py",
+        "kernels/lora_triton.py",
         "byte = tl.load(bits_ptr + m[:, None] * bytes + i[None, :]",
         "byte = tl.load(bits_ptr + m[:, None] * bytes + bytes + i[None, :]",
         "test_kernels_lora",

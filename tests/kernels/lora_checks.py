@@ -7,6 +7,7 @@ Errors are measured against float64 and judged beside HF PEFT's own error on the
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 import peft_lite
 from minigpt import GPTNeo
 from minigpt.objectives.causal import language_model_loss
-from minigpt_kernels import ClippedAdamW, Lora, dispatch, lora_linear, lora_linears
+from minigpt_kernels import ClippedAdamW, lora_linear
+from minigpt_kernels.backend import ROUTES
+from minigpt_kernels.lora import keep, unpack
 
 Shape = tuple[int, int, int, int]  # M, K, N, R
 S = 1.7
@@ -111,12 +114,10 @@ def judge(
 
 
 def mask(given: dict[str, Tensor], p: float, seed: int) -> Tensor:
-    """What the kernels keep, over 1 - p."""
-    from minigpt_kernels import lora_triton
-
+    """What dropout keeps, over 1 - p."""
     x = given["x"].detach()
-    bits = lora_triton.keep(x, p, torch.full((), seed, device=x.device))
-    return lora_triton.unpack(bits, x.size(1)).double() / (1 - p)
+    bits = keep(x, p, torch.full((), seed, device=x.device))
+    return unpack(bits, x.size(1)).double() / (1 - p)
 
 
 # --- checks -------------------------------------------------------------------------------------
@@ -127,58 +128,41 @@ def check_beside_peft(shape: Shape, dtype: torch.dtype, device: str, backend: st
     judge(ours(given, backend), exact(given), of_peft(given))
 
 
-def check_dropout(shape: Shape, dtype: torch.dtype, device: str, p: float = 0.3) -> None:
+def check_dropout(
+    shape: Shape, dtype: torch.dtype, device: str, p: float = 0.3, backend: str = "triton"
+) -> None:
     given = inputs(shape, dtype, device)
     kept = mask(given, p, 5)
     drawn = (kept > 0).double().mean().item()
     assert abs(drawn - (1 - p)) < 6 * (p * (1 - p) / kept.numel()) ** 0.5
-    judge(ours(given, "triton", p, seed=5), exact(given, kept))
-
-
-def check_siblings(shape: Shape, dtype: torch.dtype, device: str) -> None:
-    """Query, key and value of other widths and ranks beside the layers one by one."""
-    M, K, N, R = shape
-    several = [
-        inputs((M, K, n, r), dtype, device, i)
-        for i, (n, r) in enumerate([(N, R), (N // 2, R + 3), (N, 2 * R)])
-    ]
-    for own in several[1:]:
-        own["x"] = several[0]["x"]
-    loras = [Lora(o["weight"], o["bias"], o["lora_a"], o["lora_b"], S) for o in several]
-    ys = lora_linears(several[0]["x"], loras, backend="triton")
-    leaves = [several[0]["x"], *(o[n] for o in several for n in ("lora_a", "lora_b"))]
-    dx, *grads = torch.autograd.grad(ys, leaves, [o["dy"] for o in several])
-    alone = [exact(own) for own in several]
-    for i, (y, want) in enumerate(zip(ys, alone, strict=True)):
-        judge({"y": y.detach(), "a": grads[2 * i], "b": grads[2 * i + 1]}, {
-            "y": want["y"], "a": want["lora_a"], "b": want["lora_b"],
-        })  # fmt: skip
-    judge({"x": dx}, {"x": sum(want["x"] for want in alone)})
+    judge(ours(given, backend, p, seed=5), exact(given, kept))
 
 
 @torch.no_grad()
-def check_decoding(shape: Shape, dtype: torch.dtype, device: str) -> None:
+def check_decoding(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> None:
     given = inputs(shape, dtype, device)
     tensors = {name: t for name, t in given.items() if name != "dy"}
-    y = lora_linear(**tensors, scaling=S, backend="triton")
+    y = lora_linear(**tensors, scaling=S, backend=backend)
     judge({"y": y}, {"y": exact(given)["y"]})
-    assert torch.equal(lora_linear(**tensors, scaling=S, backend="triton"), y)
+    assert torch.equal(lora_linear(**tensors, scaling=S, backend=backend), y)
 
 
-def check_two_runs(shape: Shape, dtype: torch.dtype, device: str) -> None:
+def check_two_runs(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> None:
     given = inputs(shape, dtype, device)
-    first, second, other = (ours(given, "triton", 0.2, seed) for seed in (5, 5, 6))
+    first, second, other = (ours(given, backend, 0.2, seed) for seed in (5, 5, 6))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-def check_compiled(shape: Shape, dtype: torch.dtype, device: str, compiler: str, p: float) -> None:
+def check_compiled(
+    shape: Shape, dtype: torch.dtype, device: str, compiler: str, p: float, backend: str
+) -> None:
     """One graph, and the same results as without it."""
     given = inputs(shape, dtype, device)
     tensors = {name: t for name, t in given.items() if name != "dy"}
 
     def layer(tensors: dict[str, Tensor]) -> Tensor:
-        return lora_linear(**tensors, scaling=S, dropout_p=p, seed=5, backend="triton")
+        return lora_linear(**tensors, scaling=S, dropout_p=p, seed=5, backend=backend)
 
     torch._dynamo.reset()
     y = torch.compile(layer, backend=compiler, fullgraph=True)(tensors)
@@ -192,7 +176,8 @@ def check_compiled(shape: Shape, dtype: torch.dtype, device: str, compiler: str,
 @contextmanager
 def forced(route: str) -> Iterator[None]:
     """Every LoRA product takes this route."""
-    with patch.object(dispatch, "route", lambda *_: route):
+    product = partial(lora_linear, backend=route)
+    with patch("peft_lite.lora.lora_linear", product):
         yield
 
 
@@ -219,10 +204,11 @@ def losses(
 def check_same_losses(
     model: GPTNeo, batches: list[dict[str, Tensor]], tolerance: float, targets: Any
 ) -> None:
-    """A training by the Triton route is one by the torch route."""
+    """A training by each Triton route is one by the torch route."""
     model.train()
     config = peft_lite.LoraConfig(targets, r=8, lora_alpha=16)
-    one, other = (losses(model, config, batches, route) for route in ("torch", "triton"))
-    assert one[-1] < one[0]
-    for step, (a, b) in enumerate(zip(one, other, strict=True), 1):
-        assert abs(a - b) <= tolerance * abs(a), f"step {step}: {a} by torch, {b} by Triton"
+    by_torch, *others = (losses(model, config, batches, route) for route in ROUTES)
+    assert by_torch[-1] < by_torch[0]
+    for route, other in zip(ROUTES[1:], others, strict=True):
+        for step, (a, b) in enumerate(zip(by_torch, other, strict=True), 1):
+            assert abs(a - b) <= tolerance * abs(a), f"step {step}: {a} by torch, {b} by {route}"

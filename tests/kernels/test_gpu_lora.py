@@ -1,6 +1,6 @@
 """The LoRA kernels on a GPU: `python -m pytest -m gpu` (alone, for the other tests interpret them).
 
-Against float64 beside HF PEFT's own error, dropout by the mask that is drawn, siblings, decoding,
+Against float64 beside HF PEFT's own error, dropout by the mask that is drawn, decoding,
 the same bits twice, CUDA graphs, torch.compile, memory access, and a whole training.
 """
 
@@ -16,6 +16,7 @@ import torch
 from minigpt import GPTNeo, GPTNeoConfig
 from minigpt.data.text import IGNORED
 from minigpt_kernels import lora_linear
+from minigpt_kernels.backend import ROUTES
 from tests.kernels import lora_checks as checks
 
 pytestmark = [
@@ -42,61 +43,62 @@ import torch
 from tests.kernels import lora_checks as checks
 for dtype in (torch.bfloat16, torch.float32):
     for shape in ((70, 48, 33, 5), (130, 64, 136, 16)):
-        checks.ours(checks.inputs(shape, dtype, "cuda"), "triton")
-        checks.check_dropout(shape, dtype, "cuda")
-    checks.check_decoding((3, 130, 70, 5), dtype, "cuda")
+        for backend in ("triton", "fused"):
+            checks.ours(checks.inputs(shape, dtype, "cuda"), backend)
+            checks.check_dropout(shape, dtype, "cuda", backend=backend)
+
 torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_errors_beside_peft(shape: checks.Shape, dtype: torch.dtype, backend: str) -> None:
     checks.check_beside_peft(shape, dtype, "cuda", backend)
 
 
+@pytest.mark.parametrize("backend", ROUTES)
 @pytest.mark.parametrize("p", [0.05, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dropout(shape: checks.Shape, dtype: torch.dtype, p: float) -> None:
-    checks.check_dropout(shape, dtype, "cuda", p)
+def test_dropout(shape: checks.Shape, dtype: torch.dtype, p: float, backend: str) -> None:
+    checks.check_dropout(shape, dtype, "cuda", p, backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4096, 768, 768, 8), (333, 130, 78, 5)])
-def test_siblings(shape: checks.Shape, dtype: torch.dtype) -> None:
-    checks.check_siblings(shape, dtype, "cuda")
-
-
+@pytest.mark.parametrize("backend", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape", [(1, 4096, 4096, 16), (16, 4096, 14336, 64), (3, 130, 77, 5), (7, 768, 768, 8)]
 )
-def test_decoding(shape: checks.Shape, dtype: torch.dtype) -> None:
-    checks.check_decoding(shape, dtype, "cuda")
+def test_decoding(shape: checks.Shape, dtype: torch.dtype, backend: str) -> None:
+    checks.check_decoding(shape, dtype, "cuda", backend)
 
 
+@pytest.mark.parametrize("backend", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(8192, 768, 768, 8), (1001, 130, 77, 5)])
-def test_two_runs(shape: checks.Shape, dtype: torch.dtype) -> None:
-    checks.check_two_runs(shape, dtype, "cuda")
+def test_two_runs(shape: checks.Shape, dtype: torch.dtype, backend: str) -> None:
+    checks.check_two_runs(shape, dtype, "cuda", backend)
 
 
+@pytest.mark.parametrize("backend", ROUTES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.filterwarnings("ignore")  # what inductor says of the machine
-def test_compiled(p: float) -> None:
-    checks.check_compiled((512, 256, 320, 8), torch.bfloat16, "cuda", "inductor", p)
+def test_compiled(p: float, backend: str) -> None:
+    shape = (512, 256, 320, 8)
+    checks.check_compiled(shape, torch.bfloat16, "cuda", "inductor", p, backend)
 
 
+@pytest.mark.parametrize("backend", ROUTES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_a_cuda_graph_replays_and_drops_anew(p: float) -> None:
+def test_a_cuda_graph_replays_and_drops_anew(p: float, backend: str) -> None:
     given = checks.inputs((512, 256, 320, 8), torch.bfloat16, "cuda")
     tensors = {name: t for name, t in given.items() if name != "dy"}
     leaves = [given[name] for name in ("x", "lora_a", "lora_b")]
 
     def step() -> list[torch.Tensor]:
-        y = lora_linear(**tensors, scaling=checks.S, dropout_p=p, backend="triton")
+        y = lora_linear(**tensors, scaling=checks.S, dropout_p=p, backend=backend)
         return [y, *torch.autograd.grad(y, leaves, given["dy"])]
 
     side = torch.cuda.Stream()

@@ -1,17 +1,23 @@
 """The LoRA product and its gradients against float64, whatever trains and whatever is dropped."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
-from minigpt_kernels import Lora, lora_linear, lora_linears
-from minigpt_kernels.dispatch import Measured, look_up
-from minigpt_kernels.lora_torch import keep, unpack
-from minigpt_kernels.reference import lora_linear as reference
+from benchmarks.reference import lora_linear as reference
+from minigpt_kernels import backend as backends
+from minigpt_kernels import lora_linear
+from minigpt_kernels.backend import ROUTES, Case
+from minigpt_kernels.lora import few_rows, keep, unpack
 from tests.closed_forms import lora_forward, lora_gradients
 
 SIZES = [(6, 13, 9, 4), (1, 5, 8, 1), (33, 7, 3, 7), (0, 4, 6, 2), (5, 1, 1, 1)]
@@ -79,7 +85,7 @@ def test_dropout_is_the_mask_of_its_seed_forward_and_backward() -> None:
     y = lora_linear(**given, scaling=1.7, dropout_p=0.4, seed=11)
     y.backward(dy)
     x, w, bias, a, b = (t.detach() for t in given.values())
-    mask = unpack(keep(x, 0.4, 11), 13).double() / 0.6
+    mask = unpack(keep(x, 0.4, torch.tensor(11)), 13).double() / 0.6
     torch.testing.assert_close(
         y.detach(), x @ w.T + bias + 1.7 * (x * mask) @ a.T @ b.T, rtol=1e-12, atol=1e-12
     )
@@ -99,11 +105,13 @@ def test_seeds_differ_unless_the_generator_says_otherwise() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (0, 7), (8, 8), (31, 1)])
-def test_a_packed_mask_is_an_eighth_and_comes_back(shape: tuple[int, int]) -> None:
-    bits = keep(torch.empty(shape), 0.4, 3)
+def test_a_packed_mask_is_an_eighth_and_bit_k_of_a_row_is_element_k(shape: tuple[int, int]) -> None:
+    bits = keep(torch.empty(shape), 0.4, torch.tensor(3))
     assert bits.shape == (shape[0], -(-shape[1] // 8))
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) >= 0.4
-    assert torch.equal(unpack(bits, shape[1]), mask)
+    mask = unpack(bits, shape[1])
+    assert mask.shape == shape
+    for (m, k), kept in np.ndenumerate(mask.numpy()):
+        assert kept == bool(int(bits[m, k // 8]) >> k % 8 & 1)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
@@ -156,25 +164,31 @@ ODD = [(6, 13, 9, 4), (33, 70, 131, 7), (1, 64, 16, 1), (0, 5, 6, 2), (600, 19, 
 
 
 def philox(M: int, K: int, p: float, seed: int) -> Tensor:
-    """The mask of the kernels."""
+    """The mask of the kernel that draws it on a GPU."""
     from minigpt_kernels import lora_triton
 
-    return lora_triton.unpack(lora_triton.keep(torch.empty(M, K), p, torch.tensor(seed)), K)
+    return unpack(lora_triton.keep(torch.empty(M, K), p, torch.tensor(seed)), K)
 
 
+def drawn(M: int, K: int, p: float, seed: int) -> Tensor:
+    """The mask that a CPU draws."""
+    return unpack(keep(torch.empty(M, K), p, torch.tensor(seed)), K)
+
+
+@pytest.mark.parametrize("backend", ["triton", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("sizes", ODD)
+@pytest.mark.parametrize("sizes", [*ODD, (70, 64, 96, 80)])
 def test_triton_is_the_closed_form_forward_and_backward(
-    sizes: tuple[int, int, int, int], p: float, dtype: torch.dtype
+    sizes: tuple[int, int, int, int], p: float, dtype: torch.dtype, backend: str
 ) -> None:
     M, K, N, _ = sizes
     given = trained(inputs(*sizes, dtype), "x", "weight", "bias", "lora_a", "lora_b")
     dy = torch.randn(M, N).to(dtype)
-    y = lora_linear(**given, scaling=1.7, dropout_p=p, seed=5, backend="triton")
+    y = lora_linear(**given, scaling=1.7, dropout_p=p, seed=5, backend=backend)
     y.backward(dy)
     x, w, bias, a, b = (t.detach().double() for t in given.values())
-    kept = (philox(M, K, p, 5).double() if p else torch.ones(M, K).double()) / (1 - p)
+    kept = (drawn(M, K, p, 5).double() if p else torch.ones(M, K).double()) / (1 - p)
     if p and M * K > 1000:
         assert (kept > 0).double().mean().item() == pytest.approx(1 - p, abs=0.05)
     assert y.dtype == dtype
@@ -186,9 +200,10 @@ def test_triton_is_the_closed_form_forward_and_backward(
         close(tensor.grad, want, dtype)
 
 
+@pytest.mark.parametrize("draw", [philox, drawn])
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
-def test_triton_drops_with_probability_p_whatever_the_place(p: float) -> None:
-    mask = philox(400, 96, p, 7).double()
+def test_dropout_has_probability_p_whatever_the_place(p: float, draw: Any) -> None:
+    mask = draw(400, 96, p, 7).double()
     deviation = math.sqrt(p * (1 - p))
     assert abs(mask.mean().item() - (1 - p)) < 4 * deviation / math.sqrt(mask.numel())
     for axis in (0, 1):
@@ -202,7 +217,8 @@ def test_triton_drops_with_probability_p_whatever_the_place(p: float) -> None:
         assert abs(together) < 5 / math.sqrt(mask.numel())
 
 
-def test_triton_takes_any_strides() -> None:
+@pytest.mark.parametrize("backend", ["triton", "fused"])
+def test_triton_takes_any_strides(backend: str) -> None:
     given = inputs(24, 13, 9, 4, torch.float32)
     views = {
         name: torch.randn(len(t), 2 * t.size(1) + 1)[:, 1::2]
@@ -210,16 +226,17 @@ def test_triton_takes_any_strides() -> None:
         if t.dim() > 1
     }
     assert not any(t.is_contiguous() for t in views.values())
-    y = lora_linear(**views, bias=given["bias"], scaling=1.7, backend="triton")
+    y = lora_linear(**views, bias=given["bias"], scaling=1.7, backend=backend)
     x, w, a, b = (views[name] for name in ("x", "weight", "lora_a", "lora_b"))
     close(y, lora_forward(x, w, given["bias"], a, b, 1.7), torch.float32)
 
 
-def test_triton_gives_the_same_bits_twice_and_others_for_another_seed() -> None:
+@pytest.mark.parametrize("backend", ["triton", "fused"])
+def test_triton_gives_the_same_bits_twice_and_others_for_another_seed(backend: str) -> None:
     found = []
     for seed in (5, 5, 6):
         given = trained(inputs(70, 40, 24, 3, torch.float32), "x", "lora_a", "lora_b")
-        y = lora_linear(**given, scaling=1.7, dropout_p=0.2, seed=seed, backend="triton")
+        y = lora_linear(**given, scaling=1.7, dropout_p=0.2, seed=seed, backend=backend)
         y.sin().sum().backward()
         found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
     first, second, third = found
@@ -227,170 +244,240 @@ def test_triton_gives_the_same_bits_twice_and_others_for_another_seed() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, third, strict=True))
 
 
-def three(M: int, K: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
-    """Query, key and value of one x: other widths, ranks and scalings, one without a bias."""
-    found = []
-    for i, (N, R, scaling) in enumerate([(9, 4, 1.7), (5, 2, 0.6), (9, 7, -1.1)]):
-        given = inputs(M + i, K, N, R, dtype)
-        del given["x"]
-        found.append({**given, "bias": None if i == 1 else given["bias"], "scaling": scaling})
-    return found
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32)],
-)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_siblings_are_the_closed_forms_of_each(backend: str, dtype: torch.dtype, p: float) -> None:
-    M, K = 40, 13
-    x = inputs(M, K, 1, 1, dtype)["x"].requires_grad_()
-    loras = [
-        {n: t.requires_grad_() if isinstance(t, Tensor) else t for n, t in one.items()}
-        for one in three(M, K, dtype)
-    ]
-    ys = lora_linears(x, [Lora(**one) for one in loras], p, seed=5, backend=backend)
-    dys = [torch.randn(y.shape, dtype=torch.float64).to(dtype) for y in ys]
-    torch.autograd.backward(ys, dys)
-    mask = philox(M, K, p, 5) if backend == "triton" else unpack(keep(x, p, 5), K)
-    kept = mask.double() / (1 - p) if p else torch.ones(M, K).double()
-    dx = np.zeros((M, K))
-    for one, y, dy in zip(loras, ys, dys, strict=True):
-        w, a, b = (one[n].detach().double() for n in ("weight", "lora_a", "lora_b"))
-        own, s = x.detach().double(), one["scaling"]
-        bias = torch.zeros(len(w)) if one["bias"] is None else one["bias"].detach()
-        close(y, (own @ w.T + bias.double() + s * (kept * own) @ a.T @ b.T).numpy(), dtype)
-        more, da, db = lora_gradients(own, dy.double(), w, a, b, s, kept=kept)
-        dx += more
-        close(one["lora_a"].grad, da, dtype)
-        close(one["lora_b"].grad, db, dtype)
-        close(one["weight"].grad, (dy.double().T @ own).numpy(), dtype)
-        if one["bias"] is not None:
-            close(one["bias"].grad, dy.double().sum(0).numpy(), dtype)
-    assert x.grad is not None
-    close(x.grad, dx, dtype)
-
-
-def test_of_siblings_only_what_trains_gets_a_gradient() -> None:
-    x = inputs(6, 13, 1, 1)["x"]
-    loras = three(6, 13)
-    chosen = [loras[0]["lora_b"], loras[2]["lora_a"], loras[2]["bias"]]
-    for tensor in chosen:
-        tensor.requires_grad_()
-    sum(y.sin().sum() for y in lora_linears(x, [Lora(**one) for one in loras])).backward()
-    every = [t for one in loras for t in one.values() if isinstance(t, Tensor)]
-    assert {id(t) for t in every if t.grad is not None} == {id(t) for t in chosen}
-
-
+@pytest.mark.parametrize("backend", ["triton", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "sizes", [(1, 70, 131, 7), (16, 300, 35, 17), (3, 5, 1, 1), (5, 64, 16, 40)]
 )
-def test_triton_decodes_a_few_rows(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_triton_multiplies_a_few_rows(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, backend: str
+) -> None:
     given = inputs(*sizes, dtype)
-    y = lora_linear(**given, scaling=1.7, backend="triton")
+    y = lora_linear(**given, scaling=1.7, backend=backend)
     assert y.dtype == dtype
     close(y, lora_forward(*(t.double() for t in given.values()), 1.7), dtype)
     given["bias"] = None
-    y = lora_linear(**given, scaling=1.7, backend="triton")
+    y = lora_linear(**given, scaling=1.7, backend=backend)
     x, w, _, a, b = given.values()
     zero = torch.zeros(sizes[2])
     close(y, lora_forward(x.double(), w.double(), zero, a.double(), b.double(), 1.7), dtype)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("sizes", [(140, 72, 264, 16), (200, 40, 136, 24), (3, 128, 8, 8)])
-def test_descriptors_are_the_closed_form(
-    sizes: tuple[int, int, int, int], p: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("backend", ROUTES)
+def test_a_compiled_graph_is_whole_and_computes_the_same(
+    backend: str, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minigpt_kernels import lora_triton, tiles
-
-    monkeypatch.setattr(tiles, "family", lambda device: 90)
-    launched = []
-    real = lora_triton.expand_tma_kernel
-
-    class Counted:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            launched.append(grid)
-            return real[grid]
-
-    monkeypatch.setattr(lora_triton, "expand_tma_kernel", Counted())
-    M, K, N, _ = sizes
-    dtype = torch.float16
-    given = trained(inputs(*sizes, dtype), "x", "lora_a", "lora_b")
-    dy = torch.randn(M, N).to(dtype)
-    y = lora_linear(**given, scaling=1.7, dropout_p=p, seed=5, backend="triton")
-    y.backward(dy)
-    assert len(launched) == 2  # y and dx
-    x, w, bias, a, b = (t.detach().double() for t in given.values())
-    kept = philox(M, K, p, 5).double() / (1 - p) if p else torch.ones(M, K).double()
-    close(y, (x @ w.T + bias + 1.7 * (kept * x) @ a.T @ b.T).numpy(), dtype)
-    for name, want in zip(
-        ("x", "lora_a", "lora_b"),
-        lora_gradients(x, dy.double(), w, a, b, 1.7, kept=kept),
-        strict=True,
-    ):
-        close(given[name].grad, want, dtype)
-
-
-def test_a_descriptor_is_for_aligned_rows_that_lie_apart() -> None:
-    from minigpt_kernels.lora_triton import _by_descriptor as described
-
-    x, w, y = (torch.empty(shape, dtype=torch.float16) for shape in ((8, 32), (16, 32), (8, 16)))
-    assert described(x, w, y)
-    assert described(x, torch.empty(32, 16, dtype=torch.float16).T, y)
-    assert not described(x[:1].expand(8, 32), w, y)
-    assert not described(torch.empty(8, 36, dtype=torch.float16)[:, :32], w, y)
-    assert not described(torch.empty(8, 40, dtype=torch.float16)[:, 4:36], w, y)
-    assert not described(x[:, ::2], w[:, :16], y)
-    assert not described(x.float(), w.float(), y.float())
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_a_compiled_graph_is_whole_and_computes_the_same(backend: str, p: float) -> None:
+    # torch 2.11 cannot trace a search for packages
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: pytest.fail("searched"))
     found = []
     for compiled in (False, True):
-        x = inputs(24, 13, 1, 1, torch.float32)["x"].requires_grad_()
-        loras = [
-            {n: t.requires_grad_() if isinstance(t, Tensor) else t for n, t in one.items()}
-            for one in three(24, 13, torch.float32)
-        ]
+        given = trained(inputs(24, 13, 9, 4, torch.float32), "x", "bias", "lora_a", "lora_b")
 
-        def step(x: Tensor, loras: list[dict[str, Any]]) -> Tensor:
-            ys = lora_linears(x, [Lora(**one) for one in loras], p, backend=backend)
-            return torch.stack([y.sin().sum() for y in ys]).sum()
+        def step(given: dict[str, Tensor]) -> Tensor:
+            return lora_linear(**given, scaling=1.7, dropout_p=p, backend=backend).sin().sum()
 
         torch.manual_seed(0)
         run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
-        run(x, loras).backward()
-        found.append([t.grad for one in loras for t in one.values() if isinstance(t, Tensor)])
+        run(given).backward()
+        found.append([given[n].grad for n in ("x", "bias", "lora_a", "lora_b")])
     for eager, compiled_ in zip(*found, strict=True):
         torch.testing.assert_close(eager, compiled_)
 
 
-@pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_operators_return_the_shapes_they_promise(backend: str, dropped: bool) -> None:
-    from minigpt_kernels import lora_op
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_another_number_of_rows_compiles_once_more_and_no_more(p: float) -> None:
+    compilations = []
 
-    x = torch.randn(24, 13, requires_grad=True)
-    loras = three(24, 13, torch.float32)
-    columns = [
-        [x.new_empty(0) if one[n] is None else one[n].requires_grad_() for one in loras]
-        for n in ("weight", "bias", "lora_a", "lora_b")
-    ]
-    p = 0.3 if dropped else 0.0
+    def count(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return aot_autograd(fw_compiler=lambda graph, _: graph.forward)(graph, inputs)
+
+    def step(x: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        return lora_linear(x, **rest, scaling=1.7, dropout_p=p)
+
+    torch._dynamo.reset()
+    run = torch.compile(step, backend=count, fullgraph=True)
+    given = trained(inputs(24, 13, 9, 4, torch.float32), "lora_a", "lora_b")
+    del given["x"]
+    for M in (24, 30, 41, 77, 130):
+        assert run(torch.randn(M, 13), given).shape == (M, 9)
+    assert len(compilations) <= 2
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("backend", ROUTES)
+def test_the_operators_return_the_shapes_they_promise(backend: str, dropped: bool) -> None:
+    from minigpt_kernels import lora_operator
+
+    given = trained(inputs(24, 13, 9, 4, torch.float32), "x", "weight", "bias", "lora_a", "lora_b")
     bits = None
-    if dropped and backend == "triton":
+    if dropped:
         seed = torch.tensor(3)
-        torch.library.opcheck(lora_op.keep, (x.detach(), p, seed))
-        bits = lora_op.keep(x.detach(), p, seed)
-    elif dropped:
-        bits = keep(x, p, 3)
-    scalings = [one["scaling"] for one in loras]
-    needs = [True, *[True] * 3, True, False, True, *[True] * 6]  # x, W, b (one is none), A, B
-    torch.library.opcheck(lora_op.lora, (backend, p, scalings, bits, x, *columns, needs))
+        torch.library.opcheck(lora_operator.keep, (given["x"].detach(), 0.3, seed))
+        bits = keep(given["x"], 0.3, seed)
+    torch.library.opcheck(lora_operator.lora, (*given.values(), bits, 1.7, backend))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("how", [*ROUTES, "compiled"])
+def test_a_product_of_the_hessian_is_that_of_the_plain_expression(how: str, p: float) -> None:
+    dtype = torch.float32 if how in ("triton", "fused") else torch.float64
+    names = ("x", "weight", "bias", "lora_a", "lora_b")
+    given = trained(inputs(12, 13, 9, 4, dtype), *names)
+    mask = drawn(12, 13, p, 5).to(dtype) / (1 - p) if p else 1.0
+    backend = "torch" if how == "compiled" else how
+
+    def ours(given: dict[str, Tensor]) -> Tensor:
+        return lora_linear(**given, scaling=1.7, dropout_p=p, seed=5, backend=backend)
+
+    def plain(given: dict[str, Tensor]) -> Tensor:
+        x, w, bias, a, b = given.values()
+        return x @ w.T + bias + 1.7 * (mask * x) @ a.T @ b.T
+
+    def product(layer: Any) -> tuple[Tensor, ...]:
+        random = torch.Generator().manual_seed(9)
+        grads = torch.autograd.grad(
+            layer(given).sin().sum(), list(given.values()), create_graph=True
+        )
+        along = [torch.randn(g.shape, generator=random, dtype=dtype) for g in grads]
+        total = sum((g * v).sum() for g, v in zip(grads, along, strict=True))
+        return torch.autograd.grad(total, list(given.values()))
+
+    layer = torch.compile(ours, backend="eager", fullgraph=True) if how == "compiled" else ours
+    for got, want in zip(product(layer), product(plain), strict=True):
+        close(got, want.double().numpy(), dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("backend", ROUTES)
+def test_tensors_of_other_dtypes_are_multiplied_in_that_of_x(backend: str, p: float) -> None:
+    given = inputs(12, 13, 9, 4, torch.float32)
+    mixed = {n: t.to(torch.float16 if n in ("x", "weight") else t.dtype) for n, t in given.items()}
+    mixed = trained(mixed, "x", "weight", "bias", "lora_a", "lora_b")
+    y = lora_linear(**mixed, scaling=1.7, dropout_p=p, seed=5, backend=backend)
+    y.sum().backward()
+    assert y.dtype == torch.float16
+    kept = drawn(12, 13, p, 5).double() / (1 - p) if p else 1.0
+    x, w, bias, a, b = (t.detach().double() for t in mixed.values())
+    close(y, (x @ w.T + bias + 1.7 * (kept * x) @ a.T @ b.T).numpy(), torch.float16)
+    assert all(t.grad is not None and t.grad.dtype == t.dtype for t in mixed.values())
+
+
+@pytest.mark.parametrize("backend", ROUTES)
+def test_a_backward_pass_inside_autocast_keeps_the_dtype_of_the_forward_pass(backend: str) -> None:
+    found = []
+    for inside in (False, True):
+        given = trained(inputs(6, 13, 9, 4, torch.float32), "x", "lora_a", "lora_b")
+        y = lora_linear(**given, scaling=1.7, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            y.backward(torch.ones_like(y))
+        found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_mask_does_not_depend_on_the_route() -> None:
+    given = inputs(40, 13, 9, 4, torch.float32)
+    ys = []
+    for backend in ROUTES:
+        torch.manual_seed(3)
+        ys.append(lora_linear(**given, scaling=1.7, dropout_p=0.5, backend=backend))
+    for y in ys[1:]:
+        torch.testing.assert_close(y, ys[0], rtol=1e-4, atol=1e-4)
+
+
+def test_in_bf16_the_error_is_at_most_that_of_the_update_last() -> None:
+    random = torch.Generator().manual_seed(0)
+    M, K, N, R = 64, 256, 192, 8
+    shapes = {"x": (M, K, 1.0), "w": (N, K, K**-0.5), "a": (R, K, K**-0.5), "b": (N, R, 0.03)}
+    x, w, a, b = (
+        (size * torch.randn(m, n, generator=random)).bfloat16() for m, n, size in shapes.values()
+    )
+    dy = torch.randn(M, N, generator=random).bfloat16()
+    x.requires_grad_()
+    y = lora_linear(x, w, None, a, b, 1.7)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    last = (x @ w.T).addmm(x @ a.T, b.T, alpha=1.7), (dy @ w).addmm(dy @ b, a, alpha=1.7)
+    wd, ad, bd = w.double(), a.double(), b.double()
+    exact = (
+        (x.double() @ wd.T + 1.7 * x.double() @ ad.T @ bd.T),
+        (dy.double() @ wd + 1.7 * dy.double() @ bd @ ad),
+    )
+    for ours, theirs, want in zip((y, dx), last, exact, strict=True):
+        rms = [(got.double() - want).square().mean().sqrt().item() for got in (ours, theirs)]
+        assert rms[0] <= rms[1]
+
+
+@pytest.mark.parametrize("backend", ["triton", "fused"])
+def test_offsets_go_past_two_billion_elements(backend: str) -> None:
+    step = 2**30 + 8
+    x = torch.empty(2 * step + 3, dtype=torch.float16).as_strided((3, 3), (1, step))
+    given = inputs(3, 3, 5, 2, torch.float16)
+    x.copy_(given["x"])
+    y = lora_linear(**{**given, "x": x}, scaling=1.7, backend=backend)
+    close(y, lora_forward(*(t.double() for t in given.values()), 1.7), torch.float16)
+
+
+@pytest.mark.parametrize("backend", ["triton", "fused"])
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = []
+    real = torch.cuda.device_of
+    monkeypatch.setattr("torch.cuda.device_of", lambda t: entered.append(t) or real(t))
+    given = trained(inputs(6, 13, 9, 4, torch.float32), "x", "lora_a", "lora_b")
+    lora_linear(**given, scaling=1.7, backend=backend).sum().backward()
+    assert len(entered) == 2  # forward, backward
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_a_generation_step_is_the_closed_form(
+    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    counted = lambda *inputs: calls.append(inputs) or few_rows(*inputs)  # noqa: E731
+    monkeypatch.setattr("minigpt_kernels.lora.few_rows", counted)
+    given = inputs(rows, 13, 9, 4, torch.float32)
+    given["bias"] = given["bias"] if bias else None
+    with torch.no_grad():
+        y = lora_linear(**given, scaling=1.7)
+    assert len(calls) == (rows <= 5)
+    x, w, beta, a, b = given.values()
+    close(y, lora_forward(x, w, beta if bias else torch.zeros(9), a, b, 1.7), torch.float32)
+
+
+def test_an_eager_step_loads_neither_the_compiler_nor_triton() -> None:
+    program = """
+import sys, types
+optimizers = types.ModuleType("optimizers")
+optimizers.ClippedAdamW = optimizers.ClippedSGD = None
+sys.modules["minigpt_kernels.optimizers"] = optimizers
+import torch
+from minigpt_kernels import lora_linear
+x, w, a, b = (torch.randn(shape, requires_grad=True) for shape in ((8, 6), (5, 6), (2, 6), (5, 2)))
+lora_linear(x, w, None, a, b, 2.0, 0.1).sum().backward()
+assert not {"torch._dynamo", "triton"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_breakpoint_on_the_equation_fires() -> None:
+    lines = []
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if event == "call" and frame.f_code.co_filename.endswith("lora.py"):
+            lines.append(frame.f_code.co_name)
+        return None
+
+    given = trained(inputs(6, 13, 9, 4, torch.float32), "lora_a", "lora_b")
+    sys.setprofile(trace)
+    try:
+        lora_linear(**given, scaling=1.7)
+    finally:
+        sys.setprofile(None)
+    assert lines[:3] == ["lora_linear", "forward", "forward"]  # then what the backward pass keeps
 
 
 def test_triton_refuses_what_it_cannot_multiply() -> None:
@@ -398,25 +485,31 @@ def test_triton_refuses_what_it_cannot_multiply() -> None:
         lora_linear(**inputs(6, 13, 9, 4), scaling=1.7, backend="triton")
 
 
-ROW = Measured((9, 0), "bfloat16", 8192, 4096, 4096, 16, False, "triton")
-SMALL = ROW._replace(M=4096, K=768, N=768, R=8, route="torch")
+CASE = Case((9, 0), "bfloat16", 8192, 4096, 4096, 16, False)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "capability", "dtype", "dropout", "route"),
-    [
-        ((8192, 4096, 4096, 16), (9, 0), "bfloat16", False, "triton"),
-        ((5000, 4096, 8192, 32), (9, 0), "bfloat16", False, "triton"),
-        ((4096, 768, 768, 8), (9, 0), "bfloat16", False, "torch"),
-        ((4000, 4096, 4096, 16), (9, 0), "bfloat16", False, "torch"),
-        ((8192, 4096, 4096, 16), (8, 0), "bfloat16", False, "torch"),
-        ((8192, 4096, 4096, 16), (9, 0), "float16", False, "torch"),
-        ((8192, 4096, 4096, 16), (9, 0), "bfloat16", True, "torch"),
-        ((0, 4096, 4096, 16), (9, 0), "bfloat16", False, "torch"),
-    ],
-)
-def test_the_route_is_that_of_the_nearest_measured_row(
-    sizes: tuple[int, ...], capability: tuple[int, int], dtype: str, dropout: bool, route: str
+def test_a_route_is_that_of_its_measured_case_and_torch_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert look_up([SMALL, ROW], capability, dtype, sizes, dropout) == route
-    assert look_up([], capability, dtype, sizes, dropout) == "torch"
+    path = tmp_path / "measured.csv"
+    header = "capability,dtype,M,K,N,R,dropout,route"
+    path.write_text(f"# gpu: x\n{header}\n9.0,bfloat16,8000,4096,4096,16,False,fused\n")
+    table = backends.read(path)
+    assert table == {CASE: "fused"}
+    monkeypatch.setattr(backends, "TABLE", table)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def route(M: int, N: int = 4096, dtype: torch.dtype = torch.bfloat16, p: bool = False) -> str:
+        x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(M, 4096))
+        return backends.choose("auto", x, torch.empty(N, 16, device="meta"), p)
+
+    assert [route(M) for M in (4096, 4097, 8192, 8193)] == ["torch", "fused", "fused", "torch"]
+    assert {route(8192, N=8192), route(8192, dtype=torch.float16), route(8192, p=True)} == {"torch"}
+    path.write_text(f"{header}\n9.0,bfloat16,8000,4096,4096,16,False,cublas\n")
+    with pytest.raises(ValueError, match="'cublas', must be in torch, triton, fused"):
+        backends.read(path)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda', must be one of auto, torch, triton, fused"):
+        lora_linear(**inputs(6, 13, 9, 4), scaling=1.7, backend="cuda")

@@ -1,6 +1,6 @@
 """Compiles every kernel that can be chosen for three GPUs, without one, and looks at the result.
 
-    python -m minigpt_kernels.compile_all [part of a kernel's name]
+    python -m minigpt_kernels.compile_check [part of a kernel's name]
 
 One line a kernel: registers, bytes of stack (what was spilled), shared memory, and the tensor-core
 and copy instructions in the machine code.  Exit status 1 when a stack is above 16 bytes, shared
@@ -25,12 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import clipped_update, decode_kernels, lora_kernels, tiles
-from .lora_tma_kernel import expand_tma_kernel
-from .tiles import Tile
+from . import clipped_update, lora_triton
 
-# bytes of shared memory a block can have; what the list of sm_80 serves has less than sm_80 itself
-SHARED = {80: 101_376, 90: 232_448, 100: 232_448}
+# bytes of shared memory a block can have
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 STACK = 16
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -79,15 +77,93 @@ class Result:
 def jobs(capability: int) -> Iterator[Job]:
     """Every kernel in every configuration that can be chosen."""
     job = partial(Job, capability=capability)
-    drawn = {"seed_ptr": "*i64", "bits_ptr": "*u8"}
-    yield job("keep", lora_kernels.keep_kernel, pointers=drawn, constants={"BLOCK": tiles.KEEP},
-              options={"num_warps": 4})  # fmt: skip
+    yield job(
+        "keep",
+        lora_triton.keep_kernel,
+        pointers={"seed_ptr": "*i64", "bits_ptr": "*u8"},
+        constants={"BLOCK": lora_triton.KEEP},
+        options={"num_warps": 4},
+    )
     for dtype in DTYPES:
+        yield job(
+            f"sum {dtype}",
+            lora_triton.sum_kernel,
+            pointers=_pointers("fp32", "p_ptr", "q_ptr")
+            | _pointers(dtype, "p_out_ptr", "q_out_ptr"),
+            constants={"BLOCK": lora_triton.SUM},
+            options={"num_warps": 4},
+        )
         yield from _skinny(job, dtype)
-        yield from _expand(job, dtype, capability)
-        yield from _decode(job, dtype)
-    if capability in tiles.EXPAND_TMA:
-        yield from _expand_tma(job, capability)
+        yield from _fused(job, dtype)
+    yield from _update(job)
+
+
+def _skinny(job: Any, dtype: str) -> Iterator[Job]:
+    size = DTYPES[dtype]
+    for BR, drop in product(lora_triton.RANKS[size], (False, True)):
+        label = f"{dtype} r{BR}{' drop' if drop else ''}"
+        tile = lora_triton.SHRINK[size]
+        shrink = partial(
+            job,
+            kernel=lora_triton.shrink_kernel,
+            pointers=_pointers(dtype, "x_ptr", "a_ptr", "s_ptr"),
+            constants={"BM": tile.BM, "BK": tile.BK, "DROP": drop, "BR": BR},
+            options=lora_triton.launch(tile),
+            unit=("x_k", "a_k"),
+        )
+        yield shrink(f"shrink {label}")
+        yield shrink(f"shrink {label} odd", odd=True)
+        tile = lora_triton.OUTER[size]
+        yield job(
+            f"outer {label}",
+            lora_triton.outer_kernel,
+            pointers=_pointers(dtype, "x_ptr", "s_ptr") | {"part_ptr": "*fp32"},
+            constants={"BM": tile.BM, "BK": tile.BK, "DROP": drop, "BR": BR},
+            options=lora_triton.launch(tile),
+            unit=("x_k", "p_k"),
+        )
+    ranks = [BR for BR in lora_triton.RANKS[size] if BR <= lora_triton.DY_RANKS]
+    for BR, odd in product(ranks, (False, True)):
+        tile = lora_triton.DY_PASS[size]
+        yield job(
+            f"dy_pass {dtype} r{BR}{' odd' if odd else ''}",
+            lora_triton.dy_pass_kernel,
+            pointers=_pointers(dtype, "dy_ptr", "b_ptr", "xa_ptr")
+            | _pointers("fp32", "ds_ptr", "db_ptr"),
+            constants={"BM": tile.BM, "BN": tile.BN, "BR": BR},
+            options=lora_triton.launch(tile),
+            unit=("dy_n", "b_r"),
+            odd=odd,
+        )
+
+
+def _fused(job: Any, dtype: str) -> Iterator[Job]:
+    size = DTYPES[dtype]
+    pointers = _pointers(dtype, "x_ptr", "w_ptr", "bias_ptr", "a_ptr", "b_ptr", "y_ptr", "s_ptr")
+    forward, gradient = ("x_k", "w_k", "a_k", "b_r"), ("x_k", "w_n", "a_r", "b_n")
+    for tile, BR, drop in product(
+        (*lora_triton.FUSED[size], lora_triton.ODD[size]), lora_triton.RANKS[size], (False, True)
+    ):
+        odd = tile is lora_triton.ODD[size]
+        for name, unit in (("y", forward), ("dx", gradient)):
+            shape = f"{tile.BM}x{tile.BN}{' odd' if odd else ''}"
+            yield job(
+                f"{name} {dtype} {shape} r{BR}{' drop' if drop else ''}",
+                lora_triton.fused_kernel,
+                pointers=pointers | {"bits_ptr": "*u8"},
+                constants={
+                    **{"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "BR": BR, "GROUP": 8},
+                    **{"BIAS": name == "y", "DROP_IN": drop and name == "y"},
+                    "DROP_OUT": drop and name == "dx",
+                },
+                options=lora_triton.launch(tile),
+                unit=unit,
+                odd=odd,
+                needs_hgmma=size == 2 and tile.BM >= 64,
+            )
+
+
+def _update(job: Any) -> Iterator[Job]:
     pointers = dict.fromkeys(("table", "chunks"), "*i64") | {"settings": "*fp64"}
     pointers |= dict.fromkeys(("counts", "parts", "norm_out"), "*fp32")
     for name, vector in product(("squares_kernel", "adamw_kernel", "sgd_kernel"), (4, 1)):
@@ -95,78 +171,13 @@ def jobs(capability: int) -> Iterator[Job]:
         constants = {
             p.name: getattr(clipped_update, p.name, vector) for p in kernel.params if p.is_constexpr
         }
-        yield job(f"{name} {vector}", kernel, pointers=pointers, constants=constants,
-                  options={"num_warps": clipped_update.WARPS})  # fmt: skip
-
-
-def _skinny(job: Any, dtype: str) -> Iterator[Job]:
-    size = DTYPES[dtype]
-    for BR, drop in product(tiles.RANKS[size], (False, True)):
-        label = f"{dtype} r{BR}{' drop' if drop else ''}"
-        tile = tiles.SHRINK[size]
-        shrink = partial(job, kernel=lora_kernels.shrink_kernel,
-                         pointers=_pointers(dtype, "x_ptr", "a_ptr", "s_ptr"),
-                         constants=_sizes(tile, "BM", "BK") | {"DROP": drop, "BR": BR},
-                         options=_launch(tile))  # fmt: skip
-        yield shrink(f"shrink {label}", unit=("x_k", "a_k"))
-        yield shrink(f"shrink {label} odd", unit=("x_k", "a_k"), odd=True)
-        if not drop:
-            yield shrink(f"shrink {label} by B^T", unit=("x_k", "a_r"))
-        tile = tiles.OUTER[size]
-        yield job(f"outer {label}", lora_kernels.outer_kernel,
-                  pointers=_pointers(dtype, "x_ptr", "s_ptr") | {"part_ptr": "*fp32"},
-                  constants=_sizes(tile, "BM", "BK") | {"DROP": drop, "BR": BR},
-                  options=_launch(tile), unit=("x_k",))  # fmt: skip
-
-
-def _expand(job: Any, dtype: str, capability: int) -> Iterator[Job]:
-    names = ("x_ptr", "w_ptr", "bias_ptr", "s_ptr", "b_ptr", "y_ptr")
-    size = DTYPES[dtype]
-    for tile in [*tiles.EXPAND[capability][size], tiles.ODD[size]]:
-        odd = tile is tiles.ODD[size]
-        expand = partial(job, kernel=lora_kernels.expand_kernel, pointers=_pointers(dtype, *names),
-                         options=_launch(tile), needs_hgmma=_needs_hgmma(dtype, tile))  # fmt: skip
-        for what, flags, unit in _products():
-            label = f"{what} {dtype} {tile.BM}x{tile.BN}{' odd' if odd else ''}"
-            yield expand(label, constants={**_sizes(tile), **flags}, unit=unit, odd=odd)
-
-
-def _expand_tma(job: Any, capability: int) -> Iterator[Job]:
-    for dtype in ("bf16", "fp16"):
-        for what, flags, unit in _products():
-            for tile in tiles.EXPAND_TMA[capability][flags["DROP"]]:
-                BM, BN, BK = tile[:3]
-                transposed = "w_n" in unit
-                across = [BK, BN] if transposed else [BN, BK]
-                shapes = {"x_desc": [BM, BK], "w_desc": across, "y_desc": [BM, BN]}
-                described = {name: f"tensordesc<{dtype}{box}>" for name, box in shapes.items()}
-                yield job(f"{what} {dtype} {BM}x{BN} TMA", expand_tma_kernel,
-                          pointers=_pointers(dtype, "bias_ptr", "s_ptr", "b_ptr") | described,
-                          constants={**_sizes(tile), **flags, "TRANSPOSED": transposed},
-                          options=_launch(tile), unit=unit,
-                          needs_hgmma=_needs_hgmma(dtype, tile))  # fmt: skip
-
-
-def _products() -> Iterator[tuple[str, dict[str, bool], tuple[str, ...]]]:
-    """The products `expand` is used for: name, flags and strides of 1."""
-    flags = {"BIAS": False, "DROP": False, "ADD": False}
-    yield "y", {**flags, "BIAS": True}, ("x_k", "w_k", "b_r")
-    yield "dx", flags, ("x_k", "w_n", "b_n")
-    yield "dx drop", {**flags, "DROP": True}, ("x_k", "w_n", "b_n")
-    yield "dx add", {**flags, "ADD": True}, ("x_k", "w_n", "b_n")
-
-
-def _decode(job: Any, dtype: str) -> Iterator[Job]:
-    tile = tiles.DECODE
-    yield job(f"decode {dtype}", decode_kernels.decode_kernel,
-              pointers=_pointers(dtype, "x_ptr", "w_ptr", "a_ptr") | {"part_ptr": "*fp32"},
-              constants=_sizes(tile, "BM", "BN", "BK"), options=_launch(tile),
-              unit=("x_k", "w_k", "a_k"))  # fmt: skip
-    tile = tiles.DECODE_SUM
-    yield job(f"decode_sum {dtype}", decode_kernels.decode_sum_kernel,
-              pointers=_pointers(dtype, "bias_ptr", "b_ptr", "y_ptr") | {"part_ptr": "*fp32"},
-              constants=_sizes(tile, "BM", "BN") | {"BIAS": True, "BR": tiles.RANK},
-              options=_launch(tile), unit=("b_r",))  # fmt: skip
+        yield job(
+            f"{name} {vector}",
+            kernel,
+            pointers=pointers,
+            constants=constants,
+            options={"num_warps": clipped_update.WARPS},
+        )
 
 
 def compile_one(job: Job) -> Result:
@@ -177,7 +188,16 @@ def compile_one(job: Job) -> Result:
         name: "constexpr" if name in constants else job.pointers.get(name, _scalar(name))
         for name in names
     }
-    sizes = {"M", "n", "chunks", "pieces"}  # these are what they are
+    sizes = {
+        "M",
+        "n",
+        "least",
+        "p_n",
+        "q_n",
+        "p_pieces",
+        "q_pieces",
+        "chunks",
+    }  # these are what they are
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
@@ -211,25 +231,8 @@ def _pointers(dtype: str, *names: str) -> dict[str, str]:
     return {**dict.fromkeys(names, f"*{dtype}"), "bits_ptr": "*u8"}
 
 
-def _sizes(tile: Tile, *names: str) -> dict[str, int]:
-    """The tile's sizes, by name; those of `expand` unless some are named."""
-    if not names:
-        return {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "BR": tiles.RANK, "GROUP": 8}
-    return {name: getattr(tile, name) for name in names}
-
-
-def _launch(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-
-
-def _needs_hgmma(dtype: str, tile: Tile) -> bool:
-    return DTYPES[dtype] == 2 and tile.BM >= 64
-
-
 def _scalar(name: str) -> str:
     """The type of an argument that is no pointer: sizes and strides, or numbers."""
-    if name == "threshold":
-        return "i64"
     return "fp32" if name == "c" else "i32"
 
 
@@ -247,17 +250,20 @@ def _run(tool: str, *arguments: object) -> str:
 
 def main() -> int:
     status = 0
-    print(f"{'kernel':28} {'GPU':6} {'registers':>9} {'stack':>6} {'shared':>8}  instructions")
+    print(f"{'kernel':32} {'GPU':6} {'registers':>9} {'stack':>6} {'shared':>8}  instructions")
     part = sys.argv[1] if len(sys.argv) > 1 else ""
     every = every_job()
     chosen = [i for i, job in enumerate(every) if part in job.name]
+    if not chosen:
+        kernels = ", ".join(sorted({job.name.split()[0] for job in every}))
+        raise ValueError(f"{part!r} is part of no kernel's name; there are {kernels}")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for i, result in zip(chosen, pool.map(_compile_number, chosen), strict=True):
             job = every[i]
             faults = result.faults(job)
             status |= bool(faults)
             print(
-                f"{job.name:28} sm_{job.capability:<3} {result.registers:>9} {result.stack:>6} "
+                f"{job.name:32} sm_{job.capability:<3} {result.registers:>9} {result.stack:>6} "
                 f"{result.shared:>8}  {result.instructions}{'  FAULT: ' if faults else ''}"
                 f"{', '.join(faults)}",
                 flush=True,

@@ -1,0 +1,333 @@
+"""Triton kernels that no route uses until benchmarks/probe.py has shown them ahead on a GPU.
+
+    expand       y = x W^T + b + c S B^T by pointers, S = x A^T from a launch before
+    expand_tma   the same for Hopper and Blackwell: x, W and y move by the tensor memory
+                 accelerator; a program for each multiprocessor takes tile after tile; the
+                 update
+                 stands before the loop over K (early) or after it (late)
+    decode       parts of x [W; A]^T over pieces of K, for at most 16 rows
+    decode_sum   y = sum of the parts + b + s (x A^T) B^T
+
+Shapes:  M rows   K inputs   N outputs   R rank
+"""
+
+import triton
+import triton.language as tl
+
+from minigpt_kernels.lora_triton import kept
+
+
+@triton.jit
+def update(
+    s_ptr,
+    b_ptr,
+    bits_ptr,
+    m,
+    n,
+    column,
+    M,
+    N,
+    R,
+    s_m,
+    b_n,
+    b_r,
+    bytes,
+    c,
+    DROP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Tile (BM, BN) of c S B^T, S (M, R), B (N, R), masked with DROP."""
+    y = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, R, BR):
+        r = start + tl.arange(0, BR)
+        s = tl.load(
+            s_ptr + m[:, None] * s_m + r[None, :],
+            mask=(m[:, None] < M) & (r[None, :] < R),
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + n[None, :] * b_n + r[:, None] * b_r,
+            mask=(n[None, :] < N) & (r[:, None] < R),
+            other=0.0,
+        )
+        y = tl.dot(s, b, y, input_precision="ieee")
+    y *= c
+    if DROP:
+        y = tl.where(kept(bits_ptr, m, column, M, bytes, BM, BN), y, 0.0)
+    return y
+
+
+@triton.jit
+def tile_at(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Which tile of Y a program computes: in groups of rows, so that neighbours share tiles of x
+    and W in the cache.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = pid // (GROUP * tiles_n) * GROUP
+    height = min(tiles_m - first, GROUP)
+    return first + pid % (GROUP * tiles_n) % height, pid % (GROUP * tiles_n) // height
+
+
+@triton.jit
+def expand_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    s_ptr,
+    b_ptr,
+    y_ptr,
+    bits_ptr,
+    M,
+    N,
+    K,
+    R,
+    x_m,
+    x_k,
+    w_n,
+    w_k,
+    s_m,
+    b_n,
+    b_r,
+    y_m,
+    bytes,
+    c,
+    BIAS: tl.constexpr,
+    DROP: tl.constexpr,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Y (M, N) = x W^T + bias + c S B^T, x (M, K), W (N, K), S (M, R), B (N, R).
+
+    With DROP the update counts where dropout kept element (m, n) of an (M, N) input: the gradient
+    of a dropped input.
+    """
+    tile_m, tile_n = tile_at(tl.program_id(0), M, N, BM, BN, GROUP)
+    m = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
+    n = tile_n.to(tl.int64) * BN + tl.arange(0, BN)
+    # the update first: xA and B wait for nothing
+    y = update(
+        s_ptr,
+        b_ptr,
+        bits_ptr,
+        m,
+        n,
+        tile_n * BN,
+        M,
+        N,
+        R,
+        s_m,
+        b_n,
+        b_r,
+        bytes,
+        c,
+        DROP,
+        BM,
+        BN,
+        BR,
+    )
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(
+            x_ptr + m[:, None] * x_m + k[None, :] * x_k,
+            mask=(m[:, None] < M) & (k[None, :] < K),
+            other=0.0,
+        )
+        w = tl.load(
+            w_ptr + n[None, :] * w_n + k[:, None] * w_k,
+            mask=(n[None, :] < N) & (k[:, None] < K),
+            other=0.0,
+        )
+        y = tl.dot(x, w, y, input_precision="ieee")
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :].to(tl.float32)
+    out = y_ptr + m[:, None] * y_m + n[None, :]
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def expand_tma_kernel(
+    x_desc,
+    w_desc,
+    y_desc,
+    bias_ptr,
+    s_ptr,
+    b_ptr,
+    bits_ptr,
+    M,
+    N,
+    K,
+    R,
+    s_m,
+    b_n,
+    b_r,
+    bytes,
+    c,
+    BIAS: tl.constexpr,
+    DROP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    LATE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As `expand_kernel`; with TRANSPOSED the descriptor is of W^T (K, N)."""
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile_m, tile_n = tile_at(tile, M, N, BM, BN, GROUP)
+        first_m, first_n = tile_m * BM, tile_n * BN
+        m = first_m.to(tl.int64) + tl.arange(0, BM)
+        n = first_n.to(tl.int64) + tl.arange(0, BN)
+        y = tl.zeros((BM, BN), tl.float32)
+        if not LATE:
+            y = update(
+                s_ptr,
+                b_ptr,
+                bits_ptr,
+                m,
+                n,
+                first_n,
+                M,
+                N,
+                R,
+                s_m,
+                b_n,
+                b_r,
+                bytes,
+                c,
+                DROP,
+                BM,
+                BN,
+                BR,
+            )
+        for k in range(0, K, BK):
+            x = x_desc.load([first_m, k])
+            w = w_desc.load([k, first_n]) if TRANSPOSED else w_desc.load([first_n, k]).T
+            y = tl.dot(x, w, y)
+        if LATE:
+            y += update(
+                s_ptr,
+                b_ptr,
+                bits_ptr,
+                m,
+                n,
+                first_n,
+                M,
+                N,
+                R,
+                s_m,
+                b_n,
+                b_r,
+                bytes,
+                c,
+                DROP,
+                BM,
+                BN,
+                BR,
+            )
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :].to(tl.float32)
+        y_desc.store([first_m, first_n], y.to(y_desc.dtype))
+
+
+@triton.jit
+def decode_kernel(
+    x_ptr,
+    w_ptr,
+    a_ptr,
+    part_ptr,
+    M,
+    N,
+    K,
+    R,
+    piece,
+    x_m,
+    x_k,
+    w_n,
+    w_k,
+    a_r,
+    a_k,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Parts (pieces, M, N + R), x (M, K), W (N, K), A (R, K)."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    tiles_n = tl.cdiv(N, BN)
+    if tile < tiles_n:
+        matrix, rows, row, step, first, column = w_ptr, N, w_n, w_k, tile * BN, 0
+    else:
+        matrix, rows, row, step, first, column = a_ptr, R, a_r, a_k, (tile - tiles_n) * BN, N
+    m = tl.arange(0, BM)
+    n = first.to(tl.int64) + tl.arange(0, BN)
+    y = tl.zeros((BN, BM), tl.float32)  # transposed: the rows of W fill the tensor cores
+    for start in range(0, piece, BK):
+        k = split * piece + start + tl.arange(0, BK)
+        w = tl.load(
+            matrix + n[:, None] * row + k[None, :] * step,
+            mask=(n[:, None] < rows) & (k[None, :] < K),
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + m[None, :] * x_m + k[:, None] * x_k,
+            mask=(m[None, :] < M) & (k[:, None] < K),
+            other=0.0,
+        )
+        y = tl.dot(w, x, y, input_precision="ieee")
+    part = part_ptr + (split.to(tl.int64) * M + m[None, :]) * (N + R) + column + n[:, None]
+    tl.store(part, y, mask=(n[:, None] < rows) & (m[None, :] < M))
+
+
+@triton.jit
+def decode_sum_kernel(
+    part_ptr,
+    bias_ptr,
+    b_ptr,
+    y_ptr,
+    M,
+    N,
+    R,
+    pieces,
+    b_n,
+    b_r,
+    c,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Y (M, N) = x W^T + bias + c (x A^T) B^T out of the parts (pieces, M, N + R), B (N, R)."""
+    m = tl.arange(0, BM)
+    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    row = part_ptr + m[:, None] * (N + R)
+    y = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, R, BR):
+        r = start + tl.arange(0, BR)
+        xa = tl.zeros((BM, BR), tl.float32)
+        for i in range(0, pieces):
+            xa += tl.load(
+                row + i * M * (N + R) + N + r[None, :],
+                mask=(m[:, None] < M) & (r[None, :] < R),
+                other=0.0,
+            )
+        b = tl.load(
+            b_ptr + n[None, :] * b_n + r[:, None] * b_r,
+            mask=(n[None, :] < N) & (r[:, None] < R),
+            other=0.0,
+        )
+        y = tl.dot(xa, b.to(tl.float32), y, input_precision="ieee")
+    y *= c
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    for i in range(0, pieces):
+        y += tl.load(row + i * M * (N + R) + n[None, :], mask=inside, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :].to(tl.float32)
+    tl.store(y_ptr + m[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
