@@ -2,6 +2,6 @@
 
 from .lora_function import Lora
 from .lora_linear import lora_linear, lora_linears
-from .optimizers import ClippedAdamW, ClippedSGD
+from .update import ClippedAdamW, ClippedSGD
 
 __all__ = ["ClippedAdamW", "ClippedSGD", "Lora", "lora_linear", "lora_linears"]

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import clipped_update, decode_kernels, lora_kernels, tiles
+from . import decode_kernels, lora_kernels, tiles, update_triton
 from .lora_tma_kernel import expand_tma_kernel
 from .tiles import Tile
 
@@ -89,14 +89,14 @@ def jobs(capability: int) -> Iterator[Job]:
     if capability in tiles.EXPAND_TMA:
         yield from _expand_tma(job, capability)
     pointers = dict.fromkeys(("table", "chunks"), "*i64") | {"settings": "*fp64"}
-    pointers |= dict.fromkeys(("counts", "parts", "norm_out"), "*fp32")
-    for name, vector in product(("squares_kernel", "adamw_kernel", "sgd_kernel"), (4, 1)):
-        kernel = getattr(clipped_update, name)
+    pointers |= dict.fromkeys(("parts", "norm_out"), "*fp32")
+    for name in ("squares_kernel", "adamw_kernel", "sgd_kernel"):
+        kernel = getattr(update_triton, name)
         constants = {
-            p.name: getattr(clipped_update, p.name, vector) for p in kernel.params if p.is_constexpr
+            p.name: getattr(update_triton, p.name, True) for p in kernel.params if p.is_constexpr
         }
-        yield job(f"{name} {vector}", kernel, pointers=pointers, constants=constants,
-                  options={"num_warps": clipped_update.WARPS})  # fmt: skip
+        options = {"num_warps": update_triton.WARPS}
+        yield job(name, kernel, pointers=pointers, constants=constants, options=options)
 
 
 def _skinny(job: Any, dtype: str) -> Iterator[Job]:

@@ -46,5 +46,5 @@ def test_faults_of_a_compiled_kernel_are_named() -> None:
     assert "bytes of shared memory" in answer["found"]["large"][0][0]
     assert answer["found"]["scalar"][0] == ["no HGMMA"]
     names = answer["names"]
-    for kernel in ("keep", "shrink bf16 r16", "outer fp32 r32", "decode fp16", "adamw_kernel 4"):
+    for kernel in ("keep", "shrink bf16 r16", "outer fp32 r32", "decode fp16", "adamw_kernel"):
         assert all([kernel, capability] in names for capability in (80, 90, 100))
