@@ -509,7 +509,10 @@ def test_loading_copies_into_the_tensors_that_are_there(backend: str, layout: st
     other.step()
     close(ours, theirs, ulps=0)
     mine.load_state_dict(ClippedAdamW(theirs).state_dict())  # of no step at all
-    assert all(a is b and not a.any() for a, b in zip(mine.state[ours[1]].values(), after[3:6]))
+    assert all(
+        a is b and not a.any()
+        for a, b in zip(mine.state[ours[1]].values(), after[3:6], strict=True)
+    )
 
 
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
