@@ -3,6 +3,7 @@ seconds to import.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,13 @@ for name, code in {STEPS}.items():
 
 
 def test_no_step_of_the_default_path_loads_a_heavy_library() -> None:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tools" / "path")])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stderr
     loaded = dict(map(json.loads, done.stdout.splitlines()))
