@@ -59,11 +59,10 @@ class Entry:
     step: Tensor | None = None  # AdamW's t, (), float32: the updates made
 
     def plain(self, dtypes: Iterable[torch.dtype]) -> bool:
-        """Whether all tensors are contiguous, on one device, and of one of these dtypes."""
-        theta = self.theta
-        return theta.dtype in dtypes and all(
-            t.is_contiguous() and t.dtype == theta.dtype and t.device == theta.device
-            for t in (theta, self.grad, *self.moments)
+        """Whether all tensors are contiguous and of one of these dtypes."""
+        dtype = self.theta.dtype
+        return dtype in dtypes and all(
+            t.is_contiguous() and t.dtype == dtype for t in (self.theta, self.grad, *self.moments)
         )
 
 

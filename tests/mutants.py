@@ -568,8 +568,8 @@ MUTANTS = [
         "AdamW's fused kernel takes tensors of any strides",
         "torch",
         "kernels/update.py",
-        "t.is_contiguous() and t.dtype == theta.dtype",
-        "t.dtype == theta.dtype",
+        "t.is_contiguous() and t.dtype == dtype",
+        "t.dtype == dtype",
         "test_update",
     ),
     mutant(
