@@ -1,14 +1,25 @@
-"""All that a GPU has to measure, in one go: the result files, the table of routes
-(kernels/measured.csv), and the tables and plots of the documentation.
+"""All that a GPU has to measure, in parts, each with a time of its own.
 
-Each benchmark writes its file as it goes, and none goes on after eight minutes; what was measured
-by then is drawn, and a benchmark that was stopped can be run by itself.  Without a GPU it says so
-and ends with exit status 2.
+    tests              240 s   the tests marked gpu -> tests.txt
+    probe              420 s   what the GPU does at most, where benchmarks/probe.py is there
+    clipped_update     180 s   norm, clip and update
+    lora_linear        480 s   one LoRA layer; then the table of routes -> measured.csv
+    training_step_gpu  300 s   a training step
 
-    python -m benchmarks.gpu
+It needs torch, triton, numpy, transformers and pytest; nothing is installed, and everything is
+written to one folder.  The parts run in this order, those named by `--part` alone.  A benchmark
+writes its rows as they come, so that one which is stopped leaves what it has measured.  Tables and
+plots are drawn afterwards, anywhere: copy the CSV files to benchmarks/results, measured.csv to
+kernels/, and run `python -m benchmarks.tables`.
+
+Without a GPU the program ends with exit status 2; with `--out`, to try it, the parts run on the CPU
+as far as they can.
+
+    python -m benchmarks.gpu --out results_of_today --part tests clipped_update
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -16,46 +27,85 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import routes
 from benchmarks.common import RESULTS
-from benchmarks.tables import ROOT
 
-BENCHMARKS = ("lora_linear", "training_step_gpu", "clipped_update")
-LIMIT = 480.0  # seconds
+ROOT = Path(__file__).parents[1]
+LIMITS = {
+    "tests": 240,
+    "probe": 420,
+    "clipped_update": 180,
+    "lora_linear": 480,
+    "training_step_gpu": 300,
+}  # seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSV files go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="the folder of all results (default: the tables')")
     parser.add_argument("--threads", type=int, default=8, help="threads of torch (default: 8)")
-    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
-    parser.add_argument("--table", type=Path, default=routes.TABLE, help="the table of routes")
+    parser.add_argument("--part", nargs="+", choices=LIMITS, default=list(LIMITS))
     given = parser.parse_args()
-    if not torch.cuda.is_available():
+    if given.out is None and not torch.cuda.is_available():
         print("no GPU here: torch.cuda.is_available() is False", file=sys.stderr)
         sys.exit(2)
-    end = time.monotonic() + LIMIT
-    failed = []
-    for name in BENCHMARKS:
-        seconds = end - time.monotonic()
-        if not run(name, "--out", given.out, "--threads", given.threads, seconds=seconds):
-            failed.append(name)
-        if name == "lora_linear" and not run("routes", "--out", given.out, "--table", given.table):
-            failed.append("routes")
-    if not run("tables", "--out", given.out, "--root", given.root):
-        failed.append("tables")
+    out = (given.out or RESULTS).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    failed = [part for part in LIMITS if part in given.part and not run(part, out, given.threads)]
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        sys.exit(f"failed or stopped: {', '.join(failed)}")
 
 
-def run(name: str, *options: object, seconds: float | None = None) -> bool:
-    """Whether a benchmark ended well, and within so many seconds."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
+def run(part: str, out: Path, threads: int) -> bool:
+    """Whether a part ended well, and in its time."""
+    if part == "probe" and not (ROOT / "benchmarks" / "probe.py").exists():
+        return True
+    print(f"--- {part}", flush=True)
+    if part == "tests":
+        files = [str(file) for file in sorted((ROOT / "tests" / "kernels").glob("test_gpu_*.py"))]
+        options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
+        return _ends("pytest", [*files, *options], LIMITS[part], out, out / "tests.txt")
+    benchmark = ["--out", str(out), "--threads", str(threads)]
+    ended = _ends(f"benchmarks.{part}", benchmark, LIMITS[part], out)
+    if part == "lora_linear" and (out / "lora_linear_gpu.csv").exists():
+        table = ["--out", str(out), "--table", str(out / "measured.csv")]
+        ended &= _ends("benchmarks.routes", table, 60, out)
+    return ended
+
+
+def _ends(
+    module: str, arguments: list[str], limit: float, out: Path, log: Path | None = None
+) -> bool:
+    """Runs a module from the repository's root; what it prints goes to `log`, too."""
+    command = [sys.executable, "-m", module, *arguments]
+    begin = time.monotonic()
     try:
-        return subprocess.run(command, timeout=seconds).returncode == 0
+        if log is None:
+            done = subprocess.run(command, cwd=ROOT, env=_environment(out), timeout=limit)
+        else:
+            with log.open("w") as file:
+                done = subprocess.run(
+                    command, cwd=ROOT, env=_environment(out), timeout=limit, stdout=file
+                )
     except subprocess.TimeoutExpired:
-        print(f"{LIMIT:.0f} seconds are over: python -m benchmarks.{name}", file=sys.stderr)
+        print(f"{module} was stopped after {limit:.0f} seconds", file=sys.stderr)
         return False
+    finally:
+        if log is not None:
+            print("\n".join(log.read_text().splitlines()[-10:]))
+    print(f"{module}: {time.monotonic() - begin:.0f} s, exit status {done.returncode}", flush=True)
+    return done.returncode == 0
+
+
+def _environment(out: Path) -> dict[str, str]:
+    """With the folder kernels/ as the module minigpt_kernels, which no installation provides."""
+    link = out / ".path" / "minigpt_kernels"
+    link.parent.mkdir(exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(ROOT / "kernels")
+    paths = [str(ROOT), str(link.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The hot path of parameter-efficient fine-tuning."""
 
 from .lora import lora_linear
-from .optimizers import ClippedAdamW, ClippedSGD
+from .update import ClippedAdamW, ClippedSGD
 
 __all__ = ["ClippedAdamW", "ClippedSGD", "lora_linear"]

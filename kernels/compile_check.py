@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import clipped_update, lora_triton
+from . import lora_triton, update_triton
 
 # bytes of shared memory a block can have
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -165,19 +165,14 @@ def _fused(job: Any, dtype: str) -> Iterator[Job]:
 
 def _update(job: Any) -> Iterator[Job]:
     pointers = dict.fromkeys(("table", "chunks"), "*i64") | {"settings": "*fp64"}
-    pointers |= dict.fromkeys(("counts", "parts", "norm_out"), "*fp32")
-    for name, vector in product(("squares_kernel", "adamw_kernel", "sgd_kernel"), (4, 1)):
-        kernel = getattr(clipped_update, name)
+    pointers |= dict.fromkeys(("parts", "norm_out"), "*fp32")
+    for name in ("squares_kernel", "adamw_kernel", "sgd_kernel"):
+        kernel = getattr(update_triton, name)
         constants = {
-            p.name: getattr(clipped_update, p.name, vector) for p in kernel.params if p.is_constexpr
+            p.name: getattr(update_triton, p.name, True) for p in kernel.params if p.is_constexpr
         }
-        yield job(
-            f"{name} {vector}",
-            kernel,
-            pointers=pointers,
-            constants=constants,
-            options={"num_warps": clipped_update.WARPS},
-        )
+        options = {"num_warps": update_triton.WARPS}
+        yield job(name, kernel, pointers=pointers, constants=constants, options=options)
 
 
 def compile_one(job: Job) -> Result:

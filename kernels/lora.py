@@ -86,7 +86,8 @@ def lora_linear(
 
         y, _ = lora(rows, weight, bias, lora_a, lora_b, bits, c, route)
     else:
-        y = LoraFunction.apply(rows, weight, bias, lora_a, lora_b, bits, c, route)
+        inputs = (rows, weight, bias, lora_a, lora_b, bits, c, route)
+        y = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.size(1))
 
 

@@ -449,10 +449,7 @@ def test_a_generation_step_is_the_closed_form(
 
 def test_an_eager_step_loads_neither_the_compiler_nor_triton() -> None:
     program = """
-import sys, types
-optimizers = types.ModuleType("optimizers")
-optimizers.ClippedAdamW = optimizers.ClippedSGD = None
-sys.modules["minigpt_kernels.optimizers"] = optimizers
+import sys
 import torch
 from minigpt_kernels import lora_linear
 x, w, a, b = (torch.randn(shape, requires_grad=True) for shape in ((8, 6), (5, 6), (2, 6), (5, 2)))
