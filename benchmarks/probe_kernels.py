@@ -102,7 +102,7 @@ def expand_kernel(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Y (M, N) = x W^T + bias + c S B^T, x (M, K), W (N, K), S (M, R), B (N, R).
+    """y (M, N) = x W^T + bias + c S B^T, x (M, K), W (N, K), S (M, R), B (N, R).
 
     With DROP the update counts where dropout kept element (m, n) of an (M, N) input: the gradient
     of a dropped input.
@@ -304,7 +304,7 @@ def decode_sum_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Y (M, N) = x W^T + bias + c (x A^T) B^T out of the parts (pieces, M, N + R), B (N, R)."""
+    """y (M, N) = x W^T + bias + c (x A^T) B^T out of the parts (pieces, M, N + R), B (N, R)."""
     m = tl.arange(0, BM)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     row = part_ptr + m[:, None] * (N + R)

@@ -18,7 +18,7 @@ def lora_linear(
     scaling: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Y = x W^T + b + s (drop(x) A^T) B^T.   Hu et al. 2021, https://arxiv.org/abs/2106.09685
+    """y = x W^T + b + s (drop(x) A^T) B^T.   Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
     x (..., K), weight (N, K), bias (N), lora_a (R, K), lora_b (N, R) -> (..., N), in x's dtype.
     autograd keeps x and x A^T for the backward pass (and, with dropout, drop(x) and its mask).

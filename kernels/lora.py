@@ -101,7 +101,7 @@ def forward(
     c: float,
     route: str,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and xA (M, R)."""
+    """y (M, N) and xA (M, R)."""
     w, a, b = (t.to(x.dtype) for t in (weight, lora_a, lora_b))
     beta = None if bias is None else bias.to(x.dtype)
     if route != "torch":

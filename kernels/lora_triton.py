@@ -154,7 +154,7 @@ def fused_kernel(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Y (M, N) = x W^T + bias + S B^T and S (M, R) = c x A^T; x (M, K), W (N, K), A (R, K),
+    """y (M, N) = x W^T + bias + S B^T and S (M, R) = c x A^T; x (M, K), W (N, K), A (R, K),
     B (N, R).
 
     DROP_IN (forward): A sees only what dropout keeps of x.  DROP_OUT (the gradient of a dropped
@@ -308,7 +308,7 @@ def forward(
     c: float,
     route: str,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and xA (M, R), all in x's dtype."""
+    """y (M, N) and xA (M, R), all in x's dtype."""
     with torch.cuda.device_of(x):
         if route == "fused" and len(a) <= RANKS[x.element_size()][-1]:
             return fused(x, w, bias, a, b, c, drop_in=bits)
@@ -387,7 +387,7 @@ def fused(
     drop_in: Tensor | None = None,
     drop_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N) = x W^T + bias + S B^T and S (M, R) = c x A^T, masked as `fused_kernel` says."""
+    """y (M, N) = x W^T + bias + S B^T and S (M, R) = c x A^T, masked as `fused_kernel` says."""
     (M, K), (N, R), size = x.shape, b.shape, x.element_size()
     y, s, bits = x.new_empty(M, N), x.new_empty(M, R), drop_out if drop_in is None else drop_in
     odd = any(n % 16 for n in (K, N, *x.stride(), *w.stride()) if n != 1)

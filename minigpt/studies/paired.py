@@ -14,7 +14,7 @@ def differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
 
 
 def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """A / b of each pair."""
+    """a / b of each pair."""
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
