@@ -12,7 +12,7 @@ writes its rows as they come, so that one which is stopped leaves what it has me
 plots are drawn afterwards, anywhere: copy the CSV files to benchmarks/results, measured.csv to
 kernels/, and run `python -m benchmarks.tables`.
 
-Without a GPU the program ends with exit status 2; with `--out`, to try it, the parts run on the CPU
+Without a GPU the program ends with exit status 2; with `--cpu`, to try it, the parts run on the CPU
 as far as they can.
 
     python -m benchmarks.gpu --out results_of_today --part tests clipped_update
@@ -46,8 +46,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder of all results (default: the tables')")
     parser.add_argument("--threads", type=int, default=8, help="threads of torch (default: 8)")
     parser.add_argument("--part", nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--cpu", action="store_true", help="try the parts without a GPU")
     given = parser.parse_args()
-    if given.out is None and not torch.cuda.is_available():
+    if not given.cpu and not torch.cuda.is_available():
         print("no GPU here: torch.cuda.is_available() is False", file=sys.stderr)
         sys.exit(2)
     out = (given.out or RESULTS).resolve()
