@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peft_lite
 from minigpt.settings import methods as command
+from minigpt.studies import encoder_methods
 from peft_lite import files, methods
 from peft_lite.method import Method, MethodSpec
 from peft_lite.options import option, target
@@ -84,6 +85,13 @@ def test_the_package_and_the_command_offer_it() -> None:
     assert offered.config(options) == ShiftConfig(("query",), 0.5)
     with pytest.raises(ValueError, match="--factor belongs to --method shift, not lora"):
         offered.attach(fresh(), offered.MethodOptions(method="lora", factor=0.5))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_published_study_keeps_its_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "NAMES", read_again(command).NAMES)
+    assert "shift" in command.NAMES
+    assert "shift" not in read_again(encoder_methods).METHODS
 
 
 def read_again(module: ModuleType) -> Any:
