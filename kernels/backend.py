@@ -116,3 +116,16 @@ def choose(backend: str, x: Tensor, lora_b: Tensor, dropout: bool) -> str:
             known = ", ".join(map(str, DTYPES))
             raise ValueError(f"backend={backend!r} takes {known}, the input is {x.dtype}")
     return backend
+
+
+def refuse_in_capture(device: torch.device) -> None:
+    """For what every replay of a CUDA graph would do again.
+
+    Raises:
+        ValueError: a CUDA graph is being captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "settings or state are new in this capture of a CUDA graph: "
+            "make a step, or call write_settings(), before it"
+        )

@@ -26,12 +26,13 @@ Shapes:  M rows   K inputs   N outputs   R rank
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend as backends
+from . import dropout
+from .dropout import unpack
 
 FEW = 5  # rows of float32 that a CPU multiplies from the left
 
@@ -81,13 +82,10 @@ def lora_linear(
         return y.view(*x.shape[:-1], y.size(1))
     bits = draw(rows, dropout_p, seed) if dropout_p else None
     c = scaling / (1 - dropout_p)
-    if torch.compiler.is_compiling():
-        from .lora_operator import lora
-
-        y, _ = lora(rows, weight, bias, lora_a, lora_b, bits, c, route)
-    else:
-        inputs = (rows, weight, bias, lora_a, lora_b, bits, c, route)
-        y = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+    # operators are for the compiler (kernels/lora_operator.py): one that is called imports it
+    node = torch.ops.minigpt.lora if torch.compiler.is_compiling() else LoraFunction.apply
+    inputs = (rows, weight, bias, lora_a, lora_b, bits, c, route)
+    y, _ = node(*inputs)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.size(1))
 
 
@@ -102,7 +100,7 @@ def forward(
     route: str,
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and xA (M, R)."""
-    w, a, b = (t.to(x.dtype) for t in (weight, lora_a, lora_b))
+    w, a, b = weight.to(x.dtype), lora_a.to(x.dtype), lora_b.to(x.dtype)
     beta = None if bias is None else bias.to(x.dtype)
     if route != "torch":
         from . import lora_triton
@@ -152,20 +150,6 @@ def backward(
     return [dx, dw, dbias, da, db]
 
 
-class LoraFunction(torch.autograd.Function):
-    """`forward` and `backward` as a node of the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, xa = forward(*inputs)
-        remember(ctx, inputs, (y, xa))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return *gradients(ctx, dy, backward), None, None, None
-
-
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keeps what the backward pass reads; x only where W, A or B trains."""
     x, weight, _, a, b, bits, c, route = inputs
@@ -173,6 +157,7 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     kept = x if trains_w or trains_a or trains_b else None
     ctx.save_for_backward(kept, weight, a, b, output[1], bits)
     ctx.settings = (c, route)
+    ctx.set_materialize_grads(False)  # of xA, which nobody else reads
 
 
 def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
@@ -190,6 +175,17 @@ def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
             _, xa = forward(x, weight, None, a, b, bits, c, route)
     found: list[Tensor | None] = run(dy, x, weight, a, b, xa, bits, c, route, needs)
     return found
+
+
+class LoraFunction(torch.autograd.Function):
+    """`forward` and `backward` as a node of the graph."""
+
+    forward = staticmethod(forward)
+    setup_context = staticmethod(remember)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
+        return *gradients(ctx, dy, backward), None, None, None
 
 
 def few_rows(
@@ -213,9 +209,7 @@ def draw(x: Tensor, p: float, seed: int | None) -> Tensor:
     if at is None:
         at = torch.randint(2**31, (), device=x.device)
     if torch.compiler.is_compiling():
-        from .lora_operator import keep as operator
-
-        return operator(x, p, at)
+        return torch.ops.minigpt.keep(x, p, at)
     return keep(x, p, at)
 
 
@@ -227,22 +221,4 @@ def keep(x: Tensor, p: float, seed: Tensor) -> Tensor:
         from . import lora_triton
 
         return lora_triton.keep(x, p, seed)
-    M, K = x.shape
-    random = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(M, -(-K // 4), dtype=torch.int64).random_(-(2**63), None, generator=random)
-    mask = words.numpy().view(np.uint16)[:, :K] >= threshold(p)
-    return torch.from_numpy(np.packbits(mask, axis=1, bitorder="little"))
-
-
-def threshold(p: float) -> int:
-    """2^16 p, at most the largest number of 16 bits."""
-    return min(round(p * 2**16), 2**16 - 1)
-
-
-def unpack(bits: Tensor, K: int) -> Tensor:
-    """The mask (M, K) of `keep`'s bits."""
-    if bits.device.type == "cpu":
-        mask = np.unpackbits(bits.numpy(), axis=1, count=K, bitorder="little")
-        return torch.from_numpy(mask.view(bool))
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits[:, :, None] >> places & 1).flatten(1)[:, :K].bool()
+    return dropout.keep(x, p, seed)

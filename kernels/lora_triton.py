@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lora import threshold, unpack
+from .dropout import threshold, unpack
 
 
 class Tile(NamedTuple):

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backend import resolve
+from .backend import refuse_in_capture, resolve
 
 if TYPE_CHECKING:
     from .update_triton import Launches
@@ -398,19 +398,6 @@ def fresh_state(p: Tensor) -> dict[str, Tensor]:
         "exp_avg": zeros(p.shape, dtype=p.dtype),
         "exp_avg_sq": zeros(p.shape, dtype=p.dtype),
     }
-
-
-def refuse_in_capture(device: torch.device) -> None:
-    """For what every replay of a CUDA graph would do again.
-
-    Raises:
-        ValueError: a CUDA graph is being captured.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ValueError(
-            "settings or state are new in this capture of a CUDA graph: "
-            "make a step, or call write_settings(), before it"
-        )
 
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

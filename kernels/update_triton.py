@@ -21,13 +21,17 @@ Settings are float64: in float32, 1 - beta and 1 - beta^t lose half of their dig
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .update import Entry, refuse_in_capture
+from .backend import refuse_in_capture
+
+if TYPE_CHECKING:
+    from .update import Entry
 
 CHUNK = tl.constexpr(4096)  # elements of a chunk
 BLOCK = tl.constexpr(512)  # elements that a program works on at a time, four for each thread
@@ -207,7 +211,7 @@ class Launches:
         self.written: tuple[torch.device | None, list[list[float]]] = (None, [])
         self.captured: list[object] = []
 
-    def take(self, entries: Sequence[Entry], settings: list[list[float]]) -> None:
+    def take(self, entries: "Sequence[Entry]", settings: list[list[float]]) -> None:
         """The tensors and settings of the next launches."""
         device = entries[0].theta.device
         if self.written[0] != device:

@@ -19,7 +19,8 @@ from minigpt import GPTNeo
 from minigpt.objectives.causal import language_model_loss
 from minigpt_kernels import ClippedAdamW, lora_linear
 from minigpt_kernels.backend import ROUTES
-from minigpt_kernels.lora import keep, unpack
+from minigpt_kernels.dropout import unpack
+from minigpt_kernels.lora import keep
 
 Shape = tuple[int, int, int, int]  # M, K, N, R
 S = 1.7
