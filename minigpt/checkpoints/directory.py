@@ -140,7 +140,7 @@ def save(model: Model, directory: str | Path) -> None:
 
 
 def _rename(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Today's full checkpoint names, without what carries no weight."""
+    """The tensors under today's full checkpoint names, without those that hold no weight."""
     bare = not any(name.startswith(names.prefix) for name in tensors)
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -206,7 +206,7 @@ def _missing(model: Model, state: Mapping[str, Tensor], architecture: Architectu
 
 
 def _initialize(model: Model, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives fresh values to what is still on the meta device."""
+    """Initialises the parameters that are still on the meta device."""
     for module in model.modules():
         parameters = dict(module.named_parameters(recurse=False))
         fresh = {name for name, p in parameters.items() if p.is_meta}

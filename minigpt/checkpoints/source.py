@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a directory, the hub or the package, and the tensors in its files.
+"""Finding a checkpoint, in a directory, on the hub or in the package, and reading its tensors.
 
 A directory holds its tensors in `model.safetensors`, in shards with an index, or in an older
 `pytorch_model.bin`, of which only plain tensors are ever unpickled.
@@ -18,7 +18,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def find(source: str | Path) -> Path:
-    """The directory itself, a bundled model's for its name, or a local copy of the hub's files.
+    """The directory of a checkpoint: the path itself, a bundled model's, or a copy from the hub.
 
     Raises:
         ValueError: there is no such directory, and the hub does not give a model of that id.
@@ -39,7 +39,7 @@ def find(source: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{source} is not a local directory, and the hub gave no such model: {reason}; "
+            f"{source} is not a local directory, and the hub does not give it: {reason}; "
             f"try {' or '.join(BUNDLED)}"
         ) from None
     return folder

@@ -1,4 +1,4 @@
-"""`make demo`: the bundled model learns a tale's style three ways, each in a process of its own."""
+"""`make demo`: fine-tunes the bundled model on a tale in three ways, each in its own process."""
 
 import json
 import subprocess

@@ -41,8 +41,8 @@ class Finetune(MethodOptions, TrainingOptions):
 
 
 def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
-    """Runs, and writes to OUT `model/` (full, freeze) or `adapter/` (all others), `metrics.jsonl`,
-    `sample.txt` and `summary.json`, whose content it returns.
+    """Trains and writes to OUT `model/` (full, freeze) or `adapter/` (all others), `metrics.jsonl`,
+    `sample.txt` and `summary.json`; returns the summary.
     """
     before_model = memory.resident()
     lr = LR[settings.method] if settings.lr is None else settings.lr

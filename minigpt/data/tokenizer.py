@@ -14,7 +14,7 @@ UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than
 
 
 class Special(NamedTuple):
-    """Ids of the tokens that BERT reads beside a text's own."""
+    """Ids of BERT's special tokens."""
 
     pad: int
     unknown: int
@@ -37,7 +37,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads the first of the three kinds of files that is there.
+        """Reads the first of the three kinds of files that the directory holds.
 
         Raises:
             ValueError: there is none, it cannot be read, or its vocabulary is empty.
@@ -115,7 +115,7 @@ class Tokenizer:
 
     @property
     def special(self) -> Special:
-        """Raises ValueError for a tokenizer that lacks one of BERT's special tokens."""
+        """The ids of BERT's special tokens.  Raises ValueError where the tokenizer lacks one."""
         ids = {token: self.backend.token_to_id(token) for token in SPECIAL}
         present = [i for i in ids.values() if i is not None]
         if len(present) < len(SPECIAL):

@@ -209,7 +209,7 @@ def training_step(
         loss in nats a label, lr, gradient_norm before clipping, and what the probes measured.
 
     Raises:
-        NotFinite: the loss or the gradient is NaN or infinite.
+        NotFinite: the loss or the gradient is NaN or infinite; the gradients are dropped.
     """
     lr = config.rate(t)
     for group in optimizer.param_groups:
@@ -218,6 +218,7 @@ def training_step(
     squares = optimizer.sum_of_squares()
     norm = squares.sqrt().item()
     if not math.isfinite(total) or not math.isfinite(norm):
+        optimizer.zero_grad()
         raise NotFinite(f"the loss is {total}, the gradient norm {norm}; stopped before the update")
     row = {"loss": total, "lr": lr, "gradient_norm": norm}
     for probe in probes:

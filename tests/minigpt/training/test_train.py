@@ -143,6 +143,7 @@ def test_a_step_without_a_finite_loss_changes_nothing() -> None:
             9,
         )
     assert unmoved(model, before) == before.keys()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_gradient_norm_is_recorded_before_clipping_and_clipping_may_be_off() -> None:
