@@ -25,13 +25,13 @@ UNSLOTH, FUSION = "unsloth's sequence of calls", "LoRAFusion's sequence of calls
 SIDES = (
     OURS_TRITON,
     OURS_TORCH,
-    OURS_FUSED,
     EAGER,
     COMPILED,
     PEFT,
     PEFT_FP32,
     UNSLOTH,
     FUSION,
+    OURS_FUSED,
     BASE,
 )
 
