@@ -94,7 +94,7 @@ def jobs(capability: int) -> Iterator[Job]:
             options={"num_warps": 4},
         )
         yield from _skinny(job, dtype)
-        yield from _fused(job, dtype)
+        yield from _fused(job, dtype, capability)
     yield from _update(job)
 
 
@@ -122,7 +122,7 @@ def _skinny(job: Any, dtype: str) -> Iterator[Job]:
             options=lora_triton.launch(tile),
             unit=("x_k", "p_k"),
         )
-    ranks = [BR for BR in lora_triton.RANKS[size] if BR <= lora_triton.DY_RANKS]
+    ranks = [BR for BR in lora_triton.RANKS[size] if BR <= lora_triton.MOST]
     for BR, odd in product(ranks, (False, True)):
         tile = lora_triton.DY_PASS[size]
         yield job(
@@ -137,13 +137,13 @@ def _skinny(job: Any, dtype: str) -> Iterator[Job]:
         )
 
 
-def _fused(job: Any, dtype: str) -> Iterator[Job]:
+def _fused(job: Any, dtype: str, capability: int) -> Iterator[Job]:
     size = DTYPES[dtype]
     pointers = _pointers(dtype, "x_ptr", "w_ptr", "bias_ptr", "a_ptr", "b_ptr", "y_ptr", "s_ptr")
     forward, gradient = ("x_k", "w_k", "a_k", "b_r"), ("x_k", "w_n", "a_r", "b_n")
-    for tile, BR, drop in product(
-        (*lora_triton.FUSED[size], lora_triton.ODD[size]), lora_triton.RANKS[size], (False, True)
-    ):
+    tiles = lora_triton.FUSED[size] if capability >= 90 else lora_triton.FUSED[size][1:]
+    ranks = [BR for BR in lora_triton.RANKS[size] if BR <= lora_triton.MOST]
+    for tile, BR, drop in product((*tiles, lora_triton.ODD[size]), ranks, (False, True)):
         odd = tile is lora_triton.ODD[size]
         for name, unit in (("y", forward), ("dx", gradient)):
             shape = f"{tile.BM}x{tile.BN}{' odd' if odd else ''}"

@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 # by bytes of an element; `python -m minigpt_kernels.compile_check` compiles all of them
 FUSED = {
-    2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3)),
     4: (Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
 }
 ODD = {2: Tile(64, 64, 32, 8, 3), 4: Tile(64, 64, 16, 8, 3)}  # addresses element by element
@@ -45,7 +45,7 @@ SHRINK = {2: Tile(32, 0, 64, 4, 3), 4: Tile(32, 0, 32, 4, 3)}
 DY_PASS = {2: Tile(64, 64, 0, 8, 3), 4: Tile(64, 32, 0, 8, 3)}
 OUTER = {2: Tile(64, 0, 64, 4, 3), 4: Tile(32, 0, 32, 4, 3)}
 RANKS = {2: (16, 32, 64), 4: (16, 32)}  # ranks at a time
-DY_RANKS = 32  # more of them hold too many registers in `dy_pass`
+MOST = 32  # ranks in a program of `dy_pass` and `fused`: more would take too many registers
 KEEP, SUM = 1024, 1024  # elements of a program
 
 
@@ -310,7 +310,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and xA (M, R), all in x's dtype."""
     with torch.cuda.device_of(x):
-        if route == "fused" and len(a) <= RANKS[x.element_size()][-1]:
+        if route == "fused" and len(a) <= MOST:
             return fused(x, w, bias, a, b, c, drop_in=bits)
         xa = shrink(x, a, c, bits)
         y = xa @ b.T if bias is None else torch.addmm(bias, xa, b.T)
@@ -336,7 +336,7 @@ def backward(
     dx, sums = None, []
     da, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b))
     with torch.cuda.device_of(dy):
-        if route == "fused" and needs_x and len(a) <= RANKS[dy.element_size()][-1]:
+        if route == "fused" and needs_x and len(a) <= MOST:
             dx, ds = fused(dy, w.T, None, b.T, a.T, c, drop_out=bits)
             if needs_b:
                 sums.append((outer(xa, dy, None, transposed=True), db))
@@ -391,7 +391,7 @@ def fused(
     (M, K), (N, R), size = x.shape, b.shape, x.element_size()
     y, s, bits = x.new_empty(M, N), x.new_empty(M, R), drop_out if drop_in is None else drop_in
     odd = any(n % 16 for n in (K, N, *x.stride(), *w.stride()) if n != 1)
-    tile = ODD[size] if odd else fill(FUSED[size], M, N, multiprocessors(x.device))
+    tile = ODD[size] if odd else fill(fused_tiles(x.device, size), M, N, multiprocessors(x.device))
     flags = {"BIAS": bias is not None, "DROP_IN": drop_in is not None}
     sizes = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "BR": rank_tile(R, size), "GROUP": 8}
     strides = (*x.stride(), *w.stride(), *a.stride(), *b.stride())
@@ -405,7 +405,7 @@ def fused(
 def dy_pass(dy: Tensor, b: Tensor, xa: Tensor, c: float) -> tuple[Tensor, Tensor]:
     """DS (M, R), and the parts (pieces, N, R) of dB."""
     (M, N), R, size = dy.shape, b.size(1), dy.element_size()
-    tile, BR = DY_PASS[size], min(rank_tile(R, size), DY_RANKS)
+    tile, BR = DY_PASS[size], min(rank_tile(R, size), MOST)
     blocks = triton.cdiv(M, tile.BM)
     # as many pieces of dy's columns as give each multiprocessor two programs
     wanted = triton.cdiv(2 * multiprocessors(dy.device), max(1, blocks))
@@ -453,6 +453,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def fused_tiles(device: torch.device, size: int) -> tuple[Tile, ...]:
+    """Those of `FUSED` for the device: before Hopper the large one takes too many registers."""
+    large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return FUSED[size] if large else FUSED[size][1:]
 
 
 def fill(tiles: tuple[Tile, ...], M: int, N: int, programs: int) -> Tile:

@@ -50,7 +50,7 @@ def test_faults_of_a_compiled_kernel_are_named() -> None:
         "keep",
         "shrink bf16 r16",
         "dy_pass fp32 r32",
-        "dx fp16 64x128 r64 drop",
+        "dx fp16 64x128 r32 drop",
         "adamw_kernel",
     ):
         assert all([kernel, capability] in names for capability in (80, 90, 100))
