@@ -1,6 +1,9 @@
-"""Compiles every kernel that can be chosen for three GPUs, without one, and looks at the result.
+"""Compiles the kernels for three GPUs, without one, and looks at the result.
 
-    python -m minigpt_kernels.compile_check [part of a kernel's name]
+    python -m minigpt_kernels.compile_check [--every] [part of a kernel's name]
+
+Of the configurations of a kernel and a tile the heaviest are compiled: the largest rank, with
+dropout, in bf16 and fp32.  With `--every` all that can be chosen are, which takes some minutes.
 
 One line a kernel: registers, bytes of stack (what was spilled), shared memory, and the tensor-core
 and copy instructions in the machine code.  Exit status 1 when a stack is above 16 bytes, shared
@@ -8,6 +11,7 @@ memory does not fit, or a 16-bit product of 64 rows or more has no warpgroup ins
 sm_90.  Sizes and strides are taken as multiples of 16, as a model's are; "odd" ones are not.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -41,6 +45,7 @@ class Job:
     Attributes:
         unit: strides of 1, which Triton compiles in.
         odd: sizes and strides need be multiples of nothing.
+        light: another job is the same kernel with more ranks, with dropout, or in bf16 for fp16.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Job:
     unit: tuple[str, ...] = ()
     odd: bool = False
     needs_hgmma: bool = False
+    light: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def jobs(capability: int) -> Iterator[Job]:
             | _pointers(dtype, "p_out_ptr", "q_out_ptr"),
             constants={"BLOCK": lora_triton.SUM},
             options={"num_warps": 4},
+            light=dtype == "fp16",
         )
         yield from _skinny(job, dtype)
         yield from _fused(job, dtype, capability)
@@ -110,6 +117,7 @@ def _skinny(job: Any, dtype: str) -> Iterator[Job]:
             constants={"BM": tile.BM, "BK": tile.BK, "DROP": drop, "BR": BR},
             options=lora_triton.launch(tile),
             unit=("x_k", "a_k"),
+            light=dtype == "fp16" or lora_triton.RANKS[size][-1] > BR or not drop,
         )
         yield shrink(f"shrink {label}")
         yield shrink(f"shrink {label} odd", odd=True)
@@ -121,6 +129,7 @@ def _skinny(job: Any, dtype: str) -> Iterator[Job]:
             constants={"BM": tile.BM, "BK": tile.BK, "DROP": drop, "BR": BR},
             options=lora_triton.launch(tile),
             unit=("x_k", "p_k"),
+            light=dtype == "fp16" or lora_triton.RANKS[size][-1] > BR or not drop,
         )
     ranks = [BR for BR in lora_triton.RANKS[size] if BR <= lora_triton.MOST]
     for BR, odd in product(ranks, (False, True)):
@@ -134,6 +143,7 @@ def _skinny(job: Any, dtype: str) -> Iterator[Job]:
             options=lora_triton.launch(tile),
             unit=("dy_n", "b_r"),
             odd=odd,
+            light=dtype == "fp16" or ranks[-1] > BR,
         )
 
 
@@ -160,6 +170,7 @@ def _fused(job: Any, dtype: str, capability: int) -> Iterator[Job]:
                 unit=unit,
                 odd=odd,
                 needs_hgmma=size == 2 and tile.BM >= 64,
+                light=dtype == "fp16" or ranks[-1] > BR or not drop,
             )
 
 
@@ -244,14 +255,21 @@ def _run(tool: str, *arguments: object) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m minigpt_kernels.compile_check")
+    parser.add_argument("part", nargs="?", default="", help="part of a kernel's name")
+    parser.add_argument("--every", action="store_true", help="all configurations")
+    given = parser.parse_args()
     status = 0
     print(f"{'kernel':32} {'GPU':6} {'registers':>9} {'stack':>6} {'shared':>8}  instructions")
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
     every = every_job()
-    chosen = [i for i, job in enumerate(every) if part in job.name]
+    chosen = [
+        i
+        for i, job in enumerate(every)
+        if given.part in job.name and (given.every or not job.light)
+    ]
     if not chosen:
         kernels = ", ".join(sorted({job.name.split()[0] for job in every}))
-        raise ValueError(f"{part!r} is part of no kernel's name; there are {kernels}")
+        parser.error(f"{given.part!r} is part of no kernel's name; there are {kernels}")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for i, result in zip(chosen, pool.map(_compile_number, chosen), strict=True):
             job = every[i]
