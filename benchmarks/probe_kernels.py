@@ -1,24 +1,32 @@
 """Triton kernels that no route uses until benchmarks/probe.py has shown them ahead on a GPU.
 
-    expand       y = x W^T + b + c S B^T by pointers, S = x A^T from a launch before
+    expand       y = x W^T + b + S B^T by pointers, S = x A^T from a launch before
     expand_tma   the same for Hopper and Blackwell: x, W and y move by the tensor memory
                  accelerator; a program for each multiprocessor takes tile after tile; the
-                 update
-                 stands before the loop over K (early) or after it (late)
+                 update stands before the loop over K (early) or after it (late)
     decode       parts of x [W; A]^T over pieces of K, for at most 16 rows
     decode_sum   y = sum of the parts + b + s (x A^T) B^T
 
 Shapes:  M rows   K inputs   N outputs   R rank
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minigpt_kernels.lora_triton import kept
+from minigpt_kernels.lora_triton import Tile, kept, launch, multiprocessors
+
+POINTERS = Tile(128, 128, 64, 8, 3)  # for 16-bit elements, as all of them
+TMA = (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4))
+DECODE, DECODE_SUM = Tile(16, 32, 128, 4, 4), Tile(16, 128, 0, 4, 2)
+RANK = 16  # ranks at a time
 
 
 @triton.jit
 def update(
+    y,
     s_ptr,
     b_ptr,
     bits_ptr,
@@ -32,14 +40,16 @@ def update(
     b_n,
     b_r,
     bytes,
-    c,
     DROP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Tile (BM, BN) of c S B^T, S (M, R), B (N, R), masked with DROP."""
-    y = tl.zeros((BM, BN), tl.float32)
+    """Tile (BM, BN) of y + S B^T, S (M, R), B (N, R); with DROP, S B^T is masked.
+
+    Without DROP the product adds to y's own accumulator: a second one would spill.
+    """
+    total = tl.zeros((BM, BN), tl.float32) if DROP else y
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)
         s = tl.load(
@@ -52,11 +62,10 @@ def update(
             mask=(n[None, :] < N) & (r[:, None] < R),
             other=0.0,
         )
-        y = tl.dot(s, b, y, input_precision="ieee")
-    y *= c
+        total = tl.dot(s, b, total, input_precision="ieee")
     if DROP:
-        y = tl.where(kept(bits_ptr, m, column, M, bytes, BM, BN), y, 0.0)
-    return y
+        total = y + tl.where(kept(bits_ptr, m, column, M, bytes, BM, BN), total, 0.0)
+    return total
 
 
 @triton.jit
@@ -92,17 +101,15 @@ def expand_kernel(
     b_r,
     y_m,
     bytes,
-    c,
     BIAS: tl.constexpr,
     DROP: tl.constexpr,
-    ADD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y (M, N) = x W^T + bias + c S B^T, x (M, K), W (N, K), S (M, R), B (N, R).
+    """y (M, N) = x W^T + bias + S B^T, x (M, K), W (N, K), S (M, R), B (N, R).
 
     With DROP the update counts where dropout kept element (m, n) of an (M, N) input: the gradient
     of a dropped input.
@@ -111,7 +118,9 @@ def expand_kernel(
     m = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
     n = tile_n.to(tl.int64) * BN + tl.arange(0, BN)
     # the update first: xA and B wait for nothing
+    y = tl.zeros((BM, BN), tl.float32)
     y = update(
+        y,
         s_ptr,
         b_ptr,
         bits_ptr,
@@ -125,7 +134,6 @@ def expand_kernel(
         b_n,
         b_r,
         bytes,
-        c,
         DROP,
         BM,
         BN,
@@ -168,7 +176,6 @@ def expand_tma_kernel(
     b_n,
     b_r,
     bytes,
-    c,
     BIAS: tl.constexpr,
     DROP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -189,6 +196,7 @@ def expand_tma_kernel(
         y = tl.zeros((BM, BN), tl.float32)
         if not LATE:
             y = update(
+                y,
                 s_ptr,
                 b_ptr,
                 bits_ptr,
@@ -202,7 +210,6 @@ def expand_tma_kernel(
                 b_n,
                 b_r,
                 bytes,
-                c,
                 DROP,
                 BM,
                 BN,
@@ -213,7 +220,8 @@ def expand_tma_kernel(
             w = w_desc.load([k, first_n]) if TRANSPOSED else w_desc.load([first_n, k]).T
             y = tl.dot(x, w, y)
         if LATE:
-            y += update(
+            y = update(
+                y,
                 s_ptr,
                 b_ptr,
                 bits_ptr,
@@ -227,7 +235,6 @@ def expand_tma_kernel(
                 b_n,
                 b_r,
                 bytes,
-                c,
                 DROP,
                 BM,
                 BN,
@@ -331,3 +338,63 @@ def decode_sum_kernel(
     if BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :].to(tl.float32)
     tl.store(y_ptr + m[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+# --- launches -----------------------------------------------------------------------------------
+
+
+def expand(x: Tensor, w: Tensor, s: Tensor, b: Tensor, tile: Tile) -> Tensor:
+    """y (M, N) = x W^T + S B^T by pointers, x (M, K), W (N, K), S (M, R), B (N, R)."""
+    (M, K), (N, R) = x.shape, b.shape
+    y = x.new_empty(M, N)
+    strides = (*x.stride(), *w.stride(), s.stride(0), *b.stride(), N)
+    expand_kernel[(triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),)](
+        *(x, w, None, s, b, y, None, M, N, K, R, *strides, 0),
+        **{"BIAS": False, "DROP": False, **sizes(tile), **launch(tile)},
+    )
+    return y
+
+
+def expand_tma(x: Tensor, w: Tensor, s: Tensor, b: Tensor, tile: Tile, late: bool) -> Tensor:
+    """As `expand`, by descriptors: rows of x, of W or W^T, and of y start at multiples of 16
+    bytes.
+    """
+    (M, K), (N, R) = x.shape, b.shape
+    y = x.new_empty(M, N)
+    transposed = w.stride(1) != 1
+    box = [tile.BK, tile.BN] if transposed else [tile.BN, tile.BK]
+    tiles = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+    expand_tma_kernel[(min(multiprocessors(x.device), tiles),)](
+        TensorDescriptor.from_tensor(x, [tile.BM, tile.BK]),
+        TensorDescriptor.from_tensor(w.T if transposed else w, box),
+        TensorDescriptor.from_tensor(y, [tile.BM, tile.BN]),
+        *(None, s, b, None, M, N, K, R, s.stride(0), *b.stride(), 0),
+        **{"BIAS": False, "DROP": False, "TRANSPOSED": transposed, "LATE": late},
+        **{**sizes(tile), **launch(tile)},
+    )
+    return y
+
+
+def decode(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: float) -> Tensor:
+    """y (M, N) = x W^T + c (x A^T) B^T for at most 16 rows."""
+    (M, K), (N, R) = x.shape, b.shape
+    tile = DECODE
+    columns = triton.cdiv(N, tile.BN) + triton.cdiv(R, tile.BN)
+    wanted = triton.cdiv(2 * multiprocessors(x.device), columns)
+    piece = triton.cdiv(triton.cdiv(K, wanted), tile.BK) * tile.BK
+    pieces = triton.cdiv(K, piece)
+    parts = x.new_empty(pieces, M, N + R, dtype=torch.float32)
+    decode_kernel[(columns, pieces)](
+        *(x, w, a, parts, M, N, K, R, piece, *x.stride(), *w.stride(), *a.stride()),
+        **{"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, **launch(tile)},
+    )
+    y = x.new_empty(M, N)
+    decode_sum_kernel[(triton.cdiv(N, DECODE_SUM.BN),)](
+        *(parts, None, b, y, M, N, R, pieces, *b.stride(), c),
+        **{"BIAS": False, "BM": tile.BM, "BN": DECODE_SUM.BN, "BR": RANK, **launch(DECODE_SUM)},
+    )
+    return y
+
+
+def sizes(tile: Tile) -> dict[str, int]:
+    return {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "BR": RANK, "GROUP": 8}
