@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 # by bytes of an element; `python -m minigpt_kernels.compile_check` compiles all of them
 FUSED = {
     2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3)),
-    4: (Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
+    4: (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3)),
 }
 ODD = {2: Tile(64, 64, 32, 8, 3), 4: Tile(64, 64, 16, 8, 3)}  # addresses element by element
 SHRINK = {2: Tile(32, 0, 64, 4, 3), 4: Tile(32, 0, 32, 4, 3)}

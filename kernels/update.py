@@ -61,9 +61,10 @@ class Entry:
     def plain(self, dtypes: Iterable[torch.dtype]) -> bool:
         """Whether all tensors are contiguous and of one of these dtypes."""
         dtype = self.theta.dtype
-        return dtype in dtypes and all(
-            t.is_contiguous() and t.dtype == dtype for t in (self.theta, self.grad, *self.moments)
-        )
+        for t in (self.theta, self.grad, *self.moments):
+            if t.dtype != dtype or not t.is_contiguous():
+                return False
+        return dtype in dtypes
 
 
 def untraced(method: F) -> F:
@@ -256,9 +257,12 @@ class ClippedAdamW(_Clipped):
         if not state:
             refuse_in_capture(p.device)
             state.update(fresh_state(p))
-        entry.moments, entry.step = (state["exp_avg"], state["exp_avg_sq"]), state["step"]
-        for name in STATE:
-            check_state(name, state[name], p, p.device)
+        m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        fits = m.shape == v.shape == p.shape and t.dim() == 0 and t.dtype == torch.float32
+        if not (fits and m.device == v.device == t.device == p.device):
+            for name in STATE:
+                check_state(name, state[name], p, p.device)
+        entry.moments, entry.step = (m, v), t
         return entry
 
     def _loaded(self, state: dict[Any, Any]) -> dict[Any, Any]:

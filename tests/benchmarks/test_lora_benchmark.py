@@ -289,25 +289,29 @@ def test_no_route_is_there_before_it_was_measured() -> None:
     assert (len(backend.TABLE) > 0) == measured.exists()
 
 
-def test_one_command_goes_on_after_a_failure_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_command_goes_on_after_a_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
-    def run(name: str, *options: object, seconds: float | None = None) -> bool:
-        calls.append((name, seconds))
-        return name != "lora_linear"
+    def run(part: str, out: Path, threads: int) -> bool:
+        calls.append((part, out))
+        return part != "lora_linear"
 
-    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "run", run)
-    with pytest.raises(SystemExit, match=r"failed: lora_linear$"):
+    with pytest.raises(SystemExit, match=r"failed or stopped: lora_linear$"):
         gpu.main()
-    assert [name for name, _ in calls] == ["lora_linear", "routes", *gpu.BENCHMARKS[1:], "tables"]
-    assert all(seconds < gpu.LIMIT for name, seconds in calls if name in gpu.BENCHMARKS)
+    assert calls == [(part, tmp_path) for part in gpu.LIMITS]
 
 
-def test_a_benchmark_is_stopped_when_its_time_is_over(capfd) -> None:
-    assert not gpu.run("lora_linear", seconds=0.1)
-    assert "python -m benchmarks.lora_linear" in capfd.readouterr().err
+def test_a_part_is_stopped_when_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setitem(gpu.LIMITS, "clipped_update", 0.1)
+    assert not gpu.run("clipped_update", tmp_path, threads=1)
+    assert "benchmarks.clipped_update was stopped" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
