@@ -242,7 +242,7 @@ def test_measured_tables_have_times_ratios_and_paper(results: Path) -> None:
     assert short.count("0.20 | 0.20 to 0.20") == len(GPU_SHAPES)
 
 
-def test_unmeasured_tables_say_so_in_every_cell(results: Path) -> None:
+def test_unmeasured_tables_say_so_and_the_readme_leaves_them_out(results: Path) -> None:
     for file in results.glob("*_gpu.csv"):
         file.unlink()
     (results / "lora_linear_errors.csv").unlink()
@@ -255,7 +255,7 @@ def test_unmeasured_tables_say_so_in_every_cell(results: Path) -> None:
     lora_tables.plot(results, results / "plot.png")
     assert not (results / "plot.png").exists()
     short = lora_tables.short(results)
-    assert short.count("| not measured |") == 2 * len(GPU_SHAPES)
+    assert "not measured" not in short and "on a GPU" not in short  # the README has no such rows
     assert "40 x 32" not in short  # that one is with dropout
 
 
