@@ -7,15 +7,13 @@ does not have are stored in the same way under a `peft_type` of their own.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_lite import fields
+from peft_lite import fields, storage
 from peft_lite.method import Method
 from peft_lite.methods import METHODS, method_of
 from peft_lite.select import hf_name
@@ -29,13 +27,8 @@ GUESSED = ("classifier", "score")
 def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Both files, each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "adapter.partial"
-    contiguous = {name: t.contiguous() for name, t in tensors.items()}
-    save_file(contiguous, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes files that only their owner may read
-    os.replace(partial, directory / "adapter_model.safetensors")
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, directory / "adapter_config.json")
+    storage.write_tensors(directory / "adapter_model.safetensors", tensors)
+    storage.write_json(directory / "adapter_config.json", config, sort_keys=True)
 
 
 def read(directory: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:

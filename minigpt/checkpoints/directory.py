@@ -5,18 +5,15 @@ weight, and every parameter of the model gets a tensor or belongs to a head that
 lacks.  Anything else is an error that names the tensors.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, overload
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minigpt.checkpoints.source import find, read_tensors
-from minigpt.files import publish
 from minigpt.models.architecture import (
     Architecture,
     Decoder,
@@ -26,6 +23,7 @@ from minigpt.models.architecture import (
 )
 from minigpt.models.architectures import read_config
 from minigpt.models.names import Names
+from peft_lite import storage
 
 logger = logging.getLogger("minigpt")
 
@@ -131,12 +129,8 @@ def save(model: Model, directory: str | Path) -> None:
                 tensors[second] = tensors[name].clone()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    publish(partial, folder / "model.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    publish(partial, folder / "config.json")
+    storage.write_tensors(folder / "model.safetensors", tensors)
+    storage.write_json(folder / "config.json", settings)
 
 
 def _rename(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:

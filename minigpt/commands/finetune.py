@@ -22,7 +22,7 @@ from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar
 from minigpt.training.train import checkpoint_activations, evaluate, train
-from peft_lite import report
+from peft_lite import report, storage
 
 PROMPT, SAMPLE = 24, 120  # tokens
 
@@ -87,9 +87,10 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     else:
         save(model, written)
         tokenizer.save(written)
-    runs.replace_folder(written, out / result)
-    (out / "sample.txt").write_text(
-        f"--- before ---\n{sample_before}\n\n--- after ---\n{sample_after}\n"
+    storage.replace_folder(written, out / result)
+    storage.write_text(
+        out / "sample.txt",
+        f"--- before ---\n{sample_before}\n\n--- after ---\n{sample_after}\n",
     )
     summary: dict[str, object] = {
         "method": settings.method,
@@ -103,7 +104,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "result_bytes": sum(f.stat().st_size for f in (out / result).glob("*.safetensors")),
         "config": {**asdict(settings), "lr": lr},
     }
-    runs.write(out / "summary.json", summary)
+    storage.write_json(out / "summary.json", summary)
     shutil.rmtree(out / "snapshots", ignore_errors=True)
     return summary
 

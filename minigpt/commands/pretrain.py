@@ -25,6 +25,7 @@ from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar
 from minigpt.training.train import evaluate, train
+from peft_lite import storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     written = out / "model.partial"
     save(model, written)
     tokenizer.save(written)
-    runs.replace_folder(written, out / "model")
+    storage.replace_folder(written, out / "model")
     loss = evaluate(model.float(), objective.loss, heldout)
     summary: dict[str, object] = {
         "total_parameters": sum(p.numel() for p in model.parameters()),
@@ -99,7 +100,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
         "peak_memory_bytes": memory.peak(),
         "config": asdict(settings),
     }
-    runs.write(out / "summary.json", summary)
+    storage.write_json(out / "summary.json", summary)
     shutil.rmtree(out / "snapshots", ignore_errors=True)
     return summary
 

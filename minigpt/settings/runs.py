@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minigpt.files import publish
+from peft_lite import storage
 
 S = TypeVar("S")
 
@@ -66,7 +66,7 @@ def claim(out: Path, command: str, settings: Any) -> None:
     """Makes the folder and writes the command and its settings to it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / "run.json", {"command": command, "settings": asdict(settings)})
+        storage.write_json(out / "run.json", {"command": command, "settings": asdict(settings)})
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from None
 
@@ -78,17 +78,3 @@ def summary(out: Path) -> dict[str, object] | None:
         return None
     shutil.rmtree(out / "snapshots", ignore_errors=True)  # a kill may have come before
     return json.loads(path.read_text())
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    publish(partial, path)
-
-
-def replace_folder(written: Path, final: Path) -> None:
-    """Renames a finished folder to its final name."""
-    if final.exists():
-        shutil.rmtree(final)
-    written.rename(final)

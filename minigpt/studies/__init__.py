@@ -22,6 +22,7 @@ from minigpt.settings import runs
 from minigpt.studies import report as reports
 from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
+from peft_lite import storage
 
 STUDIES: Mapping[str, str] = {
     "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
@@ -86,5 +87,5 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
     reports.write(out, name, settings, report, figures.drawn, results)
     summary: dict[str, object] = {"study": name, "parts": len(todo)}
     summary |= {f"claim {finding.claim}": finding.verdict for finding in report.findings}
-    runs.write(out / "summary.json", summary)
+    storage.write_json(out / "summary.json", summary)
     return summary

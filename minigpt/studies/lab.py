@@ -24,8 +24,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from minigpt.settings import runs
 from minigpt.training.interrupt import Interrupted
+from peft_lite import storage
 
 Result = dict[str, Any]
 PRELOAD = [
@@ -121,7 +121,7 @@ def _child(part: Part, path: Path, pipe: Connection) -> None:
     os.setpgrp()  # Ctrl-C reaches the parent, which passes it on once
     logging.getLogger().addHandler(_Warnings(pipe))
     try:
-        runs.write(path, part.function(path.parent, *part.arguments))
+        storage.write_json(path, part.function(path.parent, *part.arguments))
         for snapshots in [*path.parent.rglob("snapshots")]:
             shutil.rmtree(snapshots)
         pipe.send(("done", ""))

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from minigpt.files import publish
-from minigpt.settings import runs
 from minigpt.studies.claims import SEEDS, Finding
+from peft_lite import storage
 
 Name = TypeVar("Name")
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -84,7 +83,7 @@ def write(
     from jinja2 import Environment, StrictUndefined
 
     content = results(study, settings, report, parts)
-    runs.write(out / "results.json", content)
+    storage.write_json(out / "results.json", content)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     setting = {**content["settings"], **content["machine"]}
     page = environment.from_string(TEMPLATE.read_text()).render(
@@ -98,9 +97,7 @@ def write(
         },
         setting={key: value for key, value in setting.items() if value is not None},
     )
-    partial = out / "report.partial"
-    partial.write_text(page)
-    publish(partial, out / "report.html")
+    storage.write_text(out / "report.html", page)
 
 
 def results(

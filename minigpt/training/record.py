@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minigpt.files import publish
 from minigpt.training import snapshot
+from peft_lite import storage
 
 
 class Record:
@@ -41,9 +41,7 @@ class Record:
         lines = self.metrics.read_text().splitlines()[:step] if self.metrics.exists() else []
         if len(lines) < step:
             raise ValueError(f"{self.metrics} has {len(lines)} rows, the snapshot {step} steps")
-        rewritten = self.metrics.with_suffix(".partial")
-        rewritten.write_text("".join(f"{line}\n" for line in lines))
-        publish(rewritten, self.metrics)
+        storage.write_text(self.metrics, "".join(f"{line}\n" for line in lines))
         return [json.loads(line) for line in lines]
 
     def write(self, row: Mapping[str, float]) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minigpt.files import publish
+from peft_lite import storage
 
 KEPT = 2  # how many snapshots stay on disk
 
@@ -48,13 +47,8 @@ def save(
             tensors[f"optimizer.{key}.{name}"] = value if value.dim() else value.clone()
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:06d}.safetensors"
-    written = final.with_suffix(".partial")
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()},
-        written,
-        metadata={"state": json.dumps({"step": step, "frozen": frozen})},
-    )
-    publish(written, final)
+    state = json.dumps({"step": step, "frozen": frozen})
+    storage.write_tensors(final, tensors, {"state": state})
     for old in _files(folder)[:-KEPT]:
         old.unlink()
 
