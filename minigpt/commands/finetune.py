@@ -1,7 +1,7 @@
 """`minigpt finetune`: a pretrained decoder, a text, a method -> an adapter, metrics, a sample."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class Finetune(MethodOptions, TrainingOptions):
 
     model: str = option('a model directory, a hub id, or "bundled"')
     text: str = option("the text to learn from, UTF-8")
-    lr: float | None = option(
+    lr: float | None = option(  # type: ignore[assignment]
         "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
         None,
     )
@@ -46,7 +46,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     """
     before_model = memory.resident()
     lr = LR[settings.method] if settings.lr is None else settings.lr
-    config = settings.config(lr)
+    config = replace(settings, lr=lr)
     text = read_text(Path(settings.text))
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
@@ -102,7 +102,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "memory_before_model_bytes": before_model,
         "peak_memory_bytes": memory.peak(),
         "result_bytes": sum(f.stat().st_size for f in (out / result).glob("*.safetensors")),
-        "config": {**asdict(settings), "lr": lr},
+        "config": asdict(config),
     }
     storage.write_json(out / "summary.json", summary)
     shutil.rmtree(out / "snapshots", ignore_errors=True)

@@ -56,7 +56,6 @@ class Pretrain(SizeOptions, TrainingOptions):
 def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes `OUT/model` (weights, config, tokenizer) and `OUT/summary.json`."""
     before_model = memory.resident()
-    config = settings.config(settings.lr)
     positive(settings, "vocab_size")
     parts = [split_text(read_text(Path(file)), settings.heldout) for file in settings.text]
     train_texts, heldout_texts = zip(*parts, strict=True)
@@ -74,7 +73,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     heldout = list(objective.heldout(windows(heldout_texts)))
     runs.claim(out, "pretrain", settings)
     with progress_bar("pretrain", settings.steps, settings.tokens_a_step) as observe:
-        rows = train(model, objective.loss, batches, config, out, heldout, resume, observe)
+        rows = train(model, objective.loss, batches, settings, out, heldout, resume, observe)
 
     model.to(getattr(torch, settings.dtype))
     written = out / "model.partial"

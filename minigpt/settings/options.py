@@ -10,18 +10,19 @@ def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = 
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def with_default(settings: type, name: str, default: Any) -> Any:
-    """The option `name` of a base class, with another default."""
+def with_default(settings: type, name: str, default: Any, help: str | None = None) -> Any:
+    """The option `name` of another class, with another default, and its own help where given."""
     (f,) = (f for f in fields(settings) if f.name == name)
-    return option(f.metadata["help"], default, f.metadata["choices"])
+    return option(help or f.metadata["help"], default, f.metadata["choices"])
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """One option for each field of the dataclass, those without a default first.  Options that are
-    not given stay out of the namespace.
+    """One option for each field that has a help text, those without a default first.  Options that
+    are not given stay out of the namespace.
     """
     hints = get_type_hints(settings)
-    for f in sorted(fields(settings), key=lambda f: f.default is not MISSING):
+    offered = [f for f in fields(settings) if "help" in f.metadata]
+    for f in sorted(offered, key=lambda f: f.default is not MISSING):
         kind = next((k for k in get_args(hints[f.name]) if k is not type(None)), hints[f.name])
         flag = "--" + f.name.replace("_", "-")
         if hints[f.name] is bool:

@@ -12,8 +12,6 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft_lite import storage
-
 S = TypeVar("S")
 
 
@@ -64,6 +62,8 @@ def fill(kind: type[S], given: dict[str, Any]) -> S:
 
 def claim(out: Path, command: str, settings: Any) -> None:
     """Makes the folder and writes the command and its settings to it."""
+    from peft_lite import storage  # brings torch, which `--help` does without
+
     try:
         out.mkdir(parents=True, exist_ok=True)
         storage.write_json(out / "run.json", {"command": command, "settings": asdict(settings)})

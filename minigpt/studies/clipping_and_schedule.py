@@ -64,7 +64,8 @@ from minigpt.objectives.classify import (
     encode,
     score,
 )
-from minigpt.settings.options import option
+from minigpt.settings.options import option, with_default
+from minigpt.settings.training import TrainingOptions
 from minigpt.studies import bag_of_words
 from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.encoders import (
@@ -110,11 +111,11 @@ class Settings(Sentiment):
         'folder with train and test, .jsonl or .csv, perhaps .gz; or "bundled"', "bundled"
     )
     seeds: int = option("runs of each arm; below five nothing is decided", 1)
-    steps: int = option("updates, T_train", 300)
+    steps: int = with_default(TrainingOptions, "steps", 300)
     batch_size: int = option("reviews in a batch", 16)
     sequence_length: int = option("tokens of a review, the rest is cut", 64)
-    lr: float = option("peak rate, eta", 3e-4)
-    max_norm: float = option("norm that the gradient is clipped to, c", 1.0)
+    lr: float = with_default(TrainingOptions, "lr", 3e-4)
+    max_norm: float = with_default(TrainingOptions, "max_norm", 1.0)
     clip_from: int | None = option(
         "updates that the delayed arm leaves unclipped, T_0 (default: a third of the steps)", None
     )
@@ -123,7 +124,7 @@ class Settings(Sentiment):
     )
     test_rows: int | None = option("held-out reviews, half of each label (default: all)", None)
     watched_rows: int = option("those of them that are measured along the way", 200)
-    evaluate_every: int = option("steps between two held-out measurements", 10)
+    evaluate_every: int = with_default(TrainingOptions, "evaluate_every", 10)
 
     @property
     def warmup(self) -> int:

@@ -40,7 +40,8 @@ from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods
 from minigpt.settings.checks import check_heldout
 from minigpt.settings.methods import MethodOptions
-from minigpt.settings.options import option
+from minigpt.settings.options import option, with_default
+from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import SEEDS, Finding, count
 from minigpt.studies.counts import lora_counts
 from minigpt.studies.decoders import CARROLL, load_decoder, split_ids
@@ -77,10 +78,10 @@ class Settings:
     model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
     text: str = option("the text to learn from, UTF-8, or a bundled tale", CARROLL)
     seeds: int = option("runs of each rank and size; below five nothing is decided", 5)
-    steps: int = option("updates", 24)
-    batch_size: int = option("windows in a batch", 4)
-    sequence_length: int = option("tokens in a window", 64)
-    heldout: float = option("share of the text, at its end, that is only measured", 0.2)
+    steps: int = with_default(TrainingOptions, "steps", 24)
+    batch_size: int = with_default(TrainingOptions, "batch_size", 4)
+    sequence_length: int = with_default(TrainingOptions, "sequence_length", 64)
+    heldout: float = with_default(TrainingOptions, "heldout", 0.2)
     target: list[str] | None = option("layers that LoRA stands at (default: all-linear)", None)
     alpha: float = option("of the scale s = alpha / sqrt(r)", 4.0)
     lr: float = option("peak rate of LoRA, at every rank", 1e-2)

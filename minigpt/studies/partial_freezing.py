@@ -44,7 +44,8 @@ from minigpt.generation import generate
 from minigpt.metrics.intervals import Estimate, share
 from minigpt.metrics.popular_tokens import longer_than, popular_share, popular_tokens
 from minigpt.objectives.causal import language_model_loss
-from minigpt.settings.options import option
+from minigpt.settings.options import option, with_default
+from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
@@ -109,11 +110,11 @@ class Settings(Tuning):
         "what the model was pretrained on (default: what the untouched model writes)", None
     )
     seeds: int = option("runs of each model; verdicts need five", 2)
-    steps: int = option("batches", 40)
-    batch_size: int = option("windows in a batch", 8)
-    sequence_length: int = option("tokens in a window", 128)
-    lr: float = option("rate of AdamW", 3e-4)
-    weight_decay: float = option("AdamW's", 0.01)
+    steps: int = with_default(TrainingOptions, "steps", 40)
+    batch_size: int = with_default(TrainingOptions, "batch_size", 8)
+    sequence_length: int = with_default(TrainingOptions, "sequence_length", 128)
+    lr: float = with_default(TrainingOptions, "lr", 3e-4)
+    weight_decay: float = with_default(TrainingOptions, "weight_decay", 0.01)
     popular: int = option("how many of a text's most frequent tokens are popular", 100)
     starts: int = option("random start tokens", 10)
     tokens: int = option("tokens sampled after each start", 100)

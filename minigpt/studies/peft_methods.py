@@ -49,7 +49,8 @@ from minigpt.objectives.classify import (
     consecutive_examples,
     predict,
 )
-from minigpt.settings.options import option
+from minigpt.settings.options import option, with_default
+from minigpt.settings.training import TrainingOptions
 from minigpt.studies import figures as styles
 from minigpt.studies.claims import Finding, about, above, below, count
 from minigpt.studies.counts import lora_counts
@@ -94,7 +95,7 @@ class Settings(Sentiment):
         'folder with train and test, .jsonl or .csv, perhaps .gz; or "bundled"', "bundled"
     )
     seeds: int = option("runs of each method; below five nothing is decided", 3)
-    steps: int = option("updates", 100)
+    steps: int = with_default(TrainingOptions, "steps", 100)
     batch_size: int = option("reviews in a batch", 16)
     sequence_length: int = option("tokens of a review, the rest is cut", 64)
     lr: list[str] | None = option(

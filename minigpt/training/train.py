@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minigpt.data.text import IGNORED, Batch, moved
 from minigpt.models.config import one_of, positive
 from minigpt.models.mode import mode
+from minigpt.settings.options import option
 from minigpt.training import schedule
 from minigpt.training.interrupt import Interrupted, stop_requested
 from minigpt.training.record import Record
@@ -35,35 +36,22 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """How to train.  The commands offer the fields that have a help text."""
 
-    Attributes:
-        steps: number of updates, T_train.
-        lr: the schedule's peak rate.
-        schedule: "linear", "cosine" or "constant", after `warmup_steps` of warm-up.
-        schedule_steps: length of the schedule, T_sched >= T_train; None: T_train.
-        max_norm: clip the global gradient norm to this; None: do not.
-        clip_from: number of first updates that are not clipped, T_0.
-        accumulate: micro-batches in a step.
-        bf16: run forward and backward in bfloat16 where autocast deems it safe.
-        evaluate_every: steps between two held-out losses; 0: none.
-        snapshot_every: steps between two snapshots of the run; 0: only at the end.
-    """
-
-    steps: int
-    lr: float = 5e-4
-    schedule: str = "linear"
-    warmup_steps: int = 0
-    schedule_steps: int | None = None
-    weight_decay: float = 0.01
+    steps: int = option("updates, T_train")
+    lr: float = option("peak rate", 5e-4)
+    schedule: str = option("course of the rate after warm-up", "linear", choices=schedule.SCHEDULES)
+    warmup_steps: int = option("updates of warm-up", 0)
+    schedule_steps: int | None = option("length of the schedule, T_sched (default: steps)", None)
+    weight_decay: float = option("AdamW's", 0.01)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    max_norm: float | None = 1.0
-    clip_from: int = 0
-    accumulate: int = 1
-    bf16: bool = False
-    evaluate_every: int = 0
-    snapshot_every: int = 0
+    max_norm: float | None = option("clip the gradient norm to this", 1.0)
+    clip_from: int = 0  # number of first updates that are not clipped, T_0
+    accumulate: int = option("batches in an update", 1)
+    bf16: bool = option("compute in bfloat16 where it is safe", False)
+    evaluate_every: int = option("steps between two held-out losses, 0: none", 0)
+    snapshot_every: int = option("steps between two snapshots to resume from, 0: none", 0)
 
     def __post_init__(self) -> None:
         positive(self, "steps", "accumulate")

@@ -9,21 +9,8 @@ from minigpt.commands.finetune import Finetune
 from minigpt.commands.pretrain import Pretrain
 from minigpt.settings.options import with_default
 from minigpt.settings.training import TrainingOptions
+from minigpt.studies import STUDIES, study
 from minigpt.training.train import TrainConfig
-
-VALUES = {  # none of them a default
-    "steps": 31,
-    "schedule": "constant",
-    "warmup_steps": 3,
-    "schedule_steps": 37,
-    "weight_decay": 0.3,
-    "max_norm": 0.7,
-    "accumulate": 5,
-    "bf16": True,
-    "evaluate_every": 11,
-    "snapshot_every": 13,
-}
-OF_THE_LOOP_ALONE = {"lr", "betas", "eps", "clip_from"}
 
 
 def command(kind: type, **given: Any) -> TrainingOptions:
@@ -32,13 +19,19 @@ def command(kind: type, **given: Any) -> TrainingOptions:
 
 
 @pytest.mark.parametrize("kind", [Finetune, Pretrain])
-def test_every_setting_reaches_the_loop(kind: type) -> None:
-    config = command(kind, **VALUES, lr=0.5).config(0.25)
-    defaults = TrainConfig(1)
-    assert {f.name for f in fields(TrainConfig)} == VALUES.keys() | OF_THE_LOOP_ALONE
-    for name, value in VALUES.items():
-        assert getattr(config, name) == value != getattr(defaults, name), name
-    assert (config.lr, config.clip_from) == (0.25, 0)
+def test_the_settings_of_a_command_are_those_of_the_loop(kind: type) -> None:
+    assert isinstance(command(kind), TrainConfig)
+    offered = {f.name for f in fields(kind) if "help" in f.metadata}
+    every = {f.name for f in fields(TrainConfig)}
+    assert every - offered == {"betas", "eps", "clip_from"}
+
+
+def test_a_study_takes_its_settings_of_training_from_the_same_place() -> None:
+    of_training = {f.name: f for f in fields(TrainingOptions)}
+    for name in STUDIES:
+        for f in fields(study(name).Settings):
+            if f.name in ("steps", "heldout", "weight_decay", "max_norm", "evaluate_every"):
+                assert f.metadata == of_training[f.name].metadata, (name, f.name)
 
 
 @pytest.mark.parametrize("kind", [Finetune, Pretrain])
@@ -59,7 +52,7 @@ def test_a_value_outside_its_range_is_refused(
     kind: type, name: str, value: Any, reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        command(kind, **{name: value}).config(0.1)
+        command(kind, **{name: value})
 
 
 def test_a_step_reads_all_its_batches() -> None:

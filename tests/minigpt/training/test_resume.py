@@ -21,13 +21,12 @@ from torch import Tensor, nn
 import minigpt
 import peft_lite
 from minigpt import GPTNeo, TrainConfig, train
-from minigpt.checkpoints import directory
 from minigpt.commands.cli import main
 from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
-from minigpt.training import snapshot
 from minigpt.training.train import Interrupted, Row
+from peft_lite import storage
 from tests import tiny
 
 STEPS = 8
@@ -262,7 +261,11 @@ def test_partial_files_are_harmless(
     tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
 ) -> None:
     stopped(tmp_path)
-    for name in ("metrics.partial", "snapshots/step-000008.partial", "snapshots/other.partial"):
+    for name in (
+        "metrics.jsonl.partial",
+        "snapshots/step-000008.safetensors.partial",
+        "snapshots/other.partial",
+    ):
         (tmp_path / name).write_bytes(b"half")
     model, rows = started(tmp_path, resume=True)
     assert_undisturbed(model, rows, tmp_path, undisturbed)
@@ -360,9 +363,7 @@ def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (os, "unlink", None),
         (shutil, "rmtree", None),
         (Path, "write_text", 0),
-        (snapshot, "save_file", 1),
-        (directory, "save_file", 1),
-        (peft_lite.files, "save_file", 1),
+        (storage, "save_file", 1),
     ):
         monkeypatch.setattr(owner, name, ending(getattr(owner, name), written))
 
