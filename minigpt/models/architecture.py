@@ -118,6 +118,7 @@ class Architecture:
         fixed: fields of config.json that change the mathematics, with the only value supported.
         read: content of config.json -> config fields that are written in another form there.
         write: model -> fields of config.json in that form.
+        lacking: config fields that config.json does not have.
     """
 
     model_type: str
@@ -133,6 +134,7 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     write: Callable[[Any], dict[str, Any]] = _nothing
+    lacking: tuple[str, ...] = ()
 
     def build(self, config: Config, head: str, num_labels: int = 2) -> Model:
         """A freshly initialised model.  Raises ValueError for a head that it cannot have."""
@@ -181,6 +183,7 @@ def config_json(model: Model) -> dict[str, Any]:
     """The settings of a model as Hugging Face's config.json has them."""
     architecture = model.architecture
     settings = asdict(model.config)  # type: ignore[call-overload]
+    settings = {n: value for n, value in settings.items() if n not in architecture.lacking}
     settings |= {
         "model_type": architecture.model_type,
         "architectures": [architecture.heads[model.head_kind]],

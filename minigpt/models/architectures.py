@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minigpt.models import bert, gpt_neo
+from minigpt.models import bert, gpt_neo, llama
 from minigpt.models.architecture import Architecture, Config
 from minigpt.models.config import nearest
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neo": gpt_neo.ARCHITECTURE,
     "bert": bert.ARCHITECTURE,
+    **llama.ARCHITECTURES,
 }
 
 

@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.models.architecture import Architecture, Decoder
-from minigpt.models.attention import Attention, Cache, positions, visible
+from minigpt.models.attention import Attention, Cache, block_mask, positions
 from minigpt.models.config import one_of, positive, probability
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, MLP
@@ -174,8 +173,8 @@ class GPTNeo(Decoder):
         x = self.embeddings(input_ids, position_ids, start)
         T, S = x.size(1), cached + x.size(1)  # with the prompt
         masks = {
-            "global": self._mask(T, S, None, attention_mask, input_ids.device),
-            "local": self._mask(T, S, self.config.window_size, attention_mask, input_ids.device),
+            "global": block_mask(T, S, None, attention_mask, input_ids.device),
+            "local": block_mask(T, S, self.config.window_size, attention_mask, input_ids.device),
         }
         for i, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
             x = block(x, *masks[kind], caches[i] if caches else None)
@@ -189,16 +188,6 @@ class GPTNeo(Decoder):
     def max_tokens(self) -> int:
         """Number of positions for tokens."""
         return self.config.max_position_embeddings - self.embeddings.prompt.shift
-
-    def _mask(
-        self, T: int, S: int, window: int | None, padding: Tensor | None, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
-        """Mask and `causal` for blocks with this window.  Without padding, and with a window that
-        holds all slots, no mask is needed: a single query sees every key, T = S queries a triangle.
-        """
-        if padding is None and (window is None or window >= S) and T in (1, S):
-            return None, T > 1
-        return visible(T, S, window, padding, device), False
 
     def new_caches(self, batch: int, slots: int) -> list[Cache]:
         """Empty caches for `slots` tokens of each of `batch` rows."""
