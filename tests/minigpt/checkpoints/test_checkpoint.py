@@ -262,7 +262,7 @@ def test_missing_shard_is_named(checkpoint, tmp_path):
     [
         ("{", "model.safetensors.index.json"),
         ("{}", "model.safetensors.index.json.*weight_map"),
-        ('{"weight_map": {"a": "../secret.safetensors"}}', "'../secret.safetensors' lies outside"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', '"../secret.safetensors" lies outside'),
         ('{"weight_map": {"a": 3}}', "model.safetensors.index.json"),
     ],
 )
