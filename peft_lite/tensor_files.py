@@ -37,7 +37,7 @@ def _plain(content: Any, path: Path) -> dict[str, Tensor]:
     ):
         raise ValueError(f"cannot read {path}: it holds something else than named tensors")
     for name, t in content.items():
-        if t.layout is not torch.strided or t.is_quantized or t.is_meta:
+        if t.layout is not torch.strided or t.is_meta:
             raise ValueError(f"cannot read {path}: {printable(name)} is no plain tensor")
     if sum(t.nbytes for t in content.values()) > 2 * path.stat().st_size:
         raise ValueError(f"cannot read {path}: its tensors take more than twice its bytes")

@@ -36,7 +36,7 @@ def read_config(directory: Path) -> tuple[Architecture, Config, dict[str, Any]]:
             f"{', '.join(ARCHITECTURES)}{nearest(short(kind), ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[kind]
-    hints = COMMON | get_type_hints(architecture.config) | architecture.hints
+    hints = {**COMMON, **get_type_hints(architecture.config), **architecture.hints}
     hints |= {alias: hints[name] for alias, name in architecture.aliases.items()}
     check_types(raw, hints, f"{path}: ")
     try:

@@ -243,5 +243,5 @@ def _initialize(model: Model, dtype: torch.dtype, device: torch.device) -> None:
 
 def _some(names: Iterable[str]) -> str:
     """The first few names."""
-    first, *rest = map(printable, sorted(names))
-    return ", ".join([first, *rest[:3]]) + (", ..." if len(rest) > 3 else "")
+    shown = [printable(name) for name in sorted(names)]
+    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")

@@ -71,7 +71,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     places: dict[str, str] = raw["weight_map"]
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
-        if not shard.isprintable() or not shard or Path(shard).name != shard:
+        if not shard or printable(shard) != shard or Path(shard).name != shard:
             raise ValueError(f"{index}: shard {short(shard)} lies outside the directory")
         part = read_named_tensors(index.with_name(shard))
         if twice := part.keys() & tensors.keys():

@@ -17,7 +17,6 @@ from minigpt.models.attention import Cache
 from minigpt.models.config import nearest, short
 from minigpt.models.names import Names
 
-
 MAX_LABELS = 2**20
 
 
@@ -180,7 +179,7 @@ class Architecture:
             if alias in raw and settings.setdefault(name, raw[alias]) != raw[alias]:
                 raise ValueError(f"{alias} {raw[alias]} contradicts {name} {settings[name]}")
         try:
-            return self.config(**self.absent | settings | self.read(raw))
+            return self.config(**{**self.absent, **settings, **self.read(raw)})
         except TypeError as error:
             raise ValueError(str(error)) from None
 
