@@ -184,8 +184,8 @@ def _match(
         name = names.from_hf(hf)
         if name in places:
             if tensor.dtype not in DTYPES:
-                want = ", ".join(str(dtype) for dtype in DTYPES)
-                raise ValueError(f"{hf} is {tensor.dtype}, must be one of {want}")
+                allowed = ", ".join(map(str, DTYPES))
+                raise ValueError(f"{hf} is {tensor.dtype}, must be one of {allowed}")
             if tensor.shape != places[name].shape:
                 want = list(places[name].shape)
                 raise ValueError(f"{hf} is {list(tensor.shape)}, the config wants {want}")
