@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minigpt.models.architecture import Architecture, Decoder
 from minigpt.models.attention import Cache, block_mask, fast_attention, positions
-from minigpt.models.config import one_of, positive, probability
+from minigpt.models.config import MAX_LAYERS, between, one_of, probability, short, size
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, GatedMLP
 from minigpt.models.names import Names
@@ -67,11 +67,14 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "model_type", FAMILY)
-        positive(self, "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size")
-        positive(self, "num_hidden_layers", "num_attention_heads", "kv_heads", "head_width")
+        size(self, "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size")
+        size(self, "num_hidden_layers", at_most=MAX_LAYERS)
+        size(self, "num_attention_heads", "kv_heads", "head_width")
         probability(self, "attention_dropout")
+        between(self, 0, 1, "rms_norm_eps")
+        between(self, 0, 100, "initializer_range")
         one_of(self, "hidden_act", ACTIVATIONS)
-        if not self.rope_theta > 0:
+        if not 0 < self.rope_theta < 1e30:
             raise ValueError(f"rope_theta is {self.rope_theta}, must be positive")
         check_scaling(self.rope_scaling or {})
         D, H, G = self.hidden_size, self.num_attention_heads, self.kv_heads
@@ -82,7 +85,7 @@ class LlamaConfig:
         if self.head_width % 2:
             raise ValueError(f"head_dim is {self.head_width}, must be even: rotary pairs")
         if self.sliding_window is not None:
-            positive(self, "sliding_window")
+            size(self, "sliding_window")
             if self.model_type == "llama":
                 raise ValueError("sliding_window: a llama has none, model_type mistral does")
         for name in ("attention_bias", "mlp_bias"):
@@ -90,7 +93,7 @@ class LlamaConfig:
                 raise ValueError(f"{name} is True, a {self.model_type} has no such bias")
         if len(self.layers) != self.num_hidden_layers or not {*self.layers} <= {FULL, SLIDING}:
             raise ValueError(
-                f"layer_types {list(self.layers)}: want num_hidden_layers = "
+                f"layer_types {short(list(self.layers))}: want num_hidden_layers = "
                 f"{self.num_hidden_layers} entries, each {FULL!r} or {SLIDING!r}"
             )
         if SLIDING in self.layers and self.sliding_window is None:
@@ -105,7 +108,8 @@ class LlamaConfig:
     @property
     def head_width(self) -> int:
         """N."""
-        return self.hidden_size // self.num_attention_heads if not self.head_dim else self.head_dim
+        given = self.head_dim
+        return self.hidden_size // self.num_attention_heads if given is None else given
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -328,7 +332,15 @@ NAMES = Names(
 )
 
 # what transformers takes where a config.json does not say, beside LlamaConfig's own
-DEFAULTS: dict[str, dict[str, Any]] = {
+QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+ABSENT: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {
         "intermediate_size": 14336,
@@ -336,38 +348,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
-    "qwen3": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
+    "qwen2": QWEN,
+    "qwen3": {**QWEN, "head_dim": 128},
+}
+HINTS = {  # of the fields that `read_settings` reads
+    "rope_parameters": Mapping[str, float | str] | None,
+    "use_sliding_window": bool,
+    "max_window_layers": int,
 }
 
 
 def read_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that depend on the family, and those that today's config.json writes in another
-    way: `rope_parameters`, and a list of end-of-text tokens.
-    """
+    """The fields that config.json writes in another way: rotary positions, windows, tokens."""
     kind = raw["model_type"]
-    settings = {name: raw.get(name, value) for name, value in DEFAULTS[kind].items()}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     if "type" in rope:  # as it was called first
         rope.setdefault("rope_type", rope.pop("type"))
-    settings["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    settings: dict[str, Any] = {
+        "rope_theta": rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    }
     plain = rope.get("rope_type", "default") == "default"
     settings["rope_scaling"] = None if plain else rope
     if isinstance(raw.get("eos_token_id"), list):
@@ -377,16 +376,17 @@ def read_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     elif kind == "mistral":
         settings["layer_types"] = None
     else:
-        settings |= read_windows(raw, settings)
+        settings |= read_windows(raw)
     return settings
 
 
-def read_windows(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def read_windows(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen's: the blocks from `max_window_layers` on slide, where `use_sliding_window` says so."""
-    window = settings["sliding_window"] if raw.get("use_sliding_window", False) else None
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
     layers = raw.get("layer_types")
     if layers is None and window is not None:
-        count, full = raw.get("num_hidden_layers", 32), raw.get("max_window_layers", 28)
+        count = min(raw.get("num_hidden_layers", 32), MAX_LAYERS + 1)
+        full = raw.get("max_window_layers", 28)
         layers = [FULL if i < full else SLIDING for i in range(count)]
     return {"sliding_window": window, "layer_types": None if layers is None else tuple(layers)}
 
@@ -421,6 +421,8 @@ def _architecture(model_type: str, name: str) -> Architecture:
         default="causal-lm",
         dropped={"none": ("head.",)},
         fixed={"partial_rotary_factor": 1.0},
+        absent=ABSENT[model_type],
+        hints=HINTS,
         read=read_settings,
         write=write_settings,
         lacking=LACKING[model_type],

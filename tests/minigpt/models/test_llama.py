@@ -15,7 +15,7 @@ import peft_lite
 from minigpt.checkpoints.directory import load, outline, save
 from minigpt.generation import generate
 from minigpt.models.attention import naive_attention
-from minigpt.models.llama import DEFAULTS, Llama, LlamaConfig
+from minigpt.models.llama import FAMILY, Llama, LlamaConfig
 from minigpt.models.norms import RMSNorm
 from minigpt.models.rotary import frequencies, rotate, rotation
 
@@ -202,7 +202,7 @@ def test_the_norm_is_its_equation_and_rounds_before_the_scale() -> None:
     assert torch.equal(half(x.bfloat16()), theirs(x.bfloat16()))
 
 
-@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("kind", FAMILY)
 def test_absent_fields_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     ours: Any = outline(tmp_path).config
