@@ -104,10 +104,11 @@ class WeightWrapper(Wrapper):
     def merge(self, untie: bool) -> None:
         """Puts the merged weights into the layer and keeps the original ones."""
         layer = self.layer
+        merged = self.new_weights()
         if untie:
             self.tied = (layer.weight,)
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        for name, new in self.new_weights().items():
+        for name, new in merged.items():
             p = getattr(layer, name)
             setattr(self, f"original_{name}", p.data)
             p.data = new.to(p.dtype)
@@ -121,9 +122,22 @@ class WeightWrapper(Wrapper):
                 getattr(self.layer, name).data = original
                 setattr(self, f"original_{name}", None)
         if self.tied:
-            (self.layer.weight,) = self.tied
+            (shared,) = self.tied
+            if (shared.dtype, shared.device) != (self.layer.weight.dtype, self.layer.weight.device):
+                shared.data = (
+                    self.layer.weight.data
+                )  # the model moved, the shared one was not in it
+            self.layer.weight = shared
             self.tied = ()
         self.merged = False
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if self.merged:
+            raise ValueError(
+                "a state_dict while a method is merged would count its change twice: "
+                "unmerge or fold first"
+            )
+        super()._save_to_state_dict(*arguments)
 
 
 class Copied(Wrapper):
@@ -189,6 +203,8 @@ def merge_obstacle(layer: nn.Module) -> str | None:
         return f"{kind.__name__} has a forward pass of its own"
     if weight is None:
         return f"the weight of {kind.__name__} is parametrized or pruned"
+    if weight.is_meta:
+        return f"the weight of {kind.__name__} has no values: it lies on the meta device"
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return f"the weight of {kind.__name__} is packed as {weight.dtype}"
     if layer._forward_hooks or layer._forward_pre_hooks:
@@ -222,20 +238,32 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def insert(model: nn.Module, name: str, wrapper: Wrapper) -> None:
-    """Puts `wrapper` around the layer at `name`, inside the wrappers of greater depth."""
-    path = _path(model, name)
-    while isinstance(base := model.get_submodule(path), Wrapper) and base.depth > wrapper.depth:
-        path = f"{path}.base"
+    """Puts `wrapper` around the layer at `name`, inside the wrappers of greater depth; where the
+    layer has other names, at these, too.
+    """
+    base = model.get_submodule(_path(model, name))
+    while isinstance(base, Wrapper) and base.depth > wrapper.depth:
+        base = base.base
+    places = _places(model, base)
     wrapper.base = base
-    model.set_submodule(path, wrapper, strict=True)
+    for parent, key in places:
+        parent._modules[key] = wrapper
 
 
-def remove(model: nn.Module, name: str, wrapper: Wrapper, left: nn.Module) -> None:
-    """Replaces `wrapper` at the layer `name` by `left`."""
-    path = _path(model, name)
-    while model.get_submodule(path) is not wrapper:
-        path = f"{path}.base"
-    model.set_submodule(path, left, strict=True)
+def remove(model: nn.Module, wrapper: Wrapper, left: nn.Module) -> None:
+    """Replaces `wrapper` by `left`."""
+    for parent, key in _places(model, wrapper):
+        parent._modules[key] = left
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place of the model where this module stands."""
+    return [
+        (parent, key)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is module
+    ]
 
 
 def _path(model: nn.Module, name: str) -> str:
