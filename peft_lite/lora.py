@@ -132,11 +132,11 @@ class LoraLayer(WeightWrapper):
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.rows: tuple[Tensor, int] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not self.active or self.merged:
-            y: Tensor = self.base(x)
+            y: Tensor = self.base(input)
             return y
-        return self.changed(x) if self.rows is None else self.changed_rows(x)
+        return self.changed(input) if self.rows is None else self.changed_rows(input)
 
     def take_rows(self, rows: Tensor | None, batch: int = 0) -> None:
         self.rows = None if rows is None else (rows, batch)

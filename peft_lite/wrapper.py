@@ -6,6 +6,9 @@
 A wrapper calls its base, whatever that is: a layer with hooks or with a forward pass of its own, or
 another wrapper.  Patterns and checkpoint names never see wrappers: `named_layers` lists a model as
 if nothing were attached.
+
+A wrapper stands in for its base also where a model reads an attribute of the layer (`in_features`).
+A `weight` that is read is the merged one, so that a product with it is right, too.
 """
 
 from collections.abc import Iterator
@@ -43,10 +46,24 @@ class Wrapper(nn.Module):
         """Whether its output differs from the base's."""
         return self.active
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.changed(*inputs) if self.active else self.base(*inputs)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.changed(*inputs, **named) if self.active else self.base(*inputs, **named)
 
-    def changed(self, *inputs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        """An attribute that the wrapper lacks is the base's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.stands_for, name)
+
+    @property
+    def stands_for(self) -> nn.Module:
+        """The module whose attributes a model reads here."""
+        return self._modules["base"]  # type: ignore[return-value]
+
+    def changed(self, *inputs: Any, **named: Any) -> Any:
         """The layer's output with the method's change."""
         raise NotImplementedError
 
@@ -92,9 +109,28 @@ class WeightWrapper(Wrapper):
     def acts(self) -> bool:
         return self.active and not self.merged
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.changed(x) if self.acts else self.base(x)
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.changed(input) if self.acts else self.base(input)
         return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the change in it, for a model that reads it past the layer."""
+        return self._changed_weight("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, likewise."""
+        return None if self.layer.bias is None else self._changed_weight("bias")
+
+    def _changed_weight(self, name: str) -> Tensor:
+        below: Tensor = getattr(self.base, name)
+        if not self.acts:
+            return below
+        if any(w.acts for w in within(self)):
+            raise AttributeError(f"the {name} under two methods that act is none of them's")
+        new = self.new_weights().get(name)
+        return below if new is None else new.to(below.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
         """The merged `weight`, and `bias` where it changes: with them the plain layer is equal."""
@@ -151,8 +187,12 @@ class Copied(Wrapper):
     def begin(self) -> None:
         self.copy = deepcopy(innermost(self.base)).requires_grad_(True)  # tied to nothing
 
-    def changed(self, *inputs: Any) -> Any:
-        return self.copy(*inputs)
+    def changed(self, *inputs: Any, **named: Any) -> Any:
+        return self.copy(*inputs, **named)
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.copy if self.active else self.base
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: p.data for name, p in self.copy.named_parameters()}
