@@ -72,6 +72,7 @@ class Method:
         for name, w in self.wrappers.items():
             wrapper.insert(model, name, w)
             w.begin()
+            w.in_place = True
         for weight in self.weights_once().values():
             weight.install()
         self.active = True

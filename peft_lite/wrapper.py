@@ -39,6 +39,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.base = base
         self.active = True
+        self.in_place = False  # in the model
         self.training = base.training
 
     @property
@@ -54,7 +55,7 @@ class Wrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base" not in self.__dict__.get("_modules", ()):
+            if not self.__dict__.get("in_place", False):
                 raise
             return getattr(self.stands_for, name)
 
