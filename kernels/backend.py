@@ -88,7 +88,9 @@ def check_triton(backend: str, tensor: Tensor) -> None:
         ValueError: it cannot, with the reason.
     """
     if not INSTALLED:
-        raise ValueError(f"backend={backend!r} cannot run here: triton is not installed")
+        raise ValueError(
+            f"backend={backend!r} cannot run here: not installed: triton; run: pip install triton"
+        )
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend={backend!r} cannot run here: the tensor is on {tensor.device} "

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
     from minigpt.training.train import TrainConfig, train
 
+__version__ = "0.1.0"  # of all three packages
+
 PLACES = {
     "Bert": "models.bert",
     "BertConfig": "models.bert",

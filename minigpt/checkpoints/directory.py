@@ -101,7 +101,7 @@ def outline(source: str | Path, head: str | None = None) -> Model:
     Raises:
         ValueError: as `load`, as far as config.json tells; None is the head that it names.
     """
-    architecture, config, raw = read_config(find(source))
+    architecture, config, raw = read_config(find(source, weights=False))
     return architecture.outline(config, head or architecture.head_from(raw), num_labels_from(raw))
 
 

@@ -7,12 +7,12 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+import minigpt
 from minigpt.studies.claims import SEEDS, Finding
 from peft_lite import storage
 
@@ -121,8 +121,8 @@ def machine() -> dict[str, str]:
     """Processor and versions, which times and memory depend on besides the settings."""
     facts = {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
-        f"minigpt {version('minigpt')}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"minigpt {minigpt.__version__}",
     }
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
