@@ -42,7 +42,7 @@ def read(path: Path) -> dict[Case, str]:
     Raises:
         ValueError: a route is unknown.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     table = {}
     for row in rows:

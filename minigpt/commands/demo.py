@@ -40,10 +40,12 @@ def main() -> int:
         status = subprocess.run(run, stdout=subprocess.DEVNULL, check=False).returncode
         if status:
             return status
-        results[method] = json.loads((out / method / "summary.json").read_text())
+        results[method] = json.loads((out / method / "summary.json").read_text(encoding="utf-8"))
     console.print(table(results))
     for method in results:
-        before, after = (out / method / "sample.txt").read_text().split("\n\n--- after ---\n")
+        before, after = (
+            (out / method / "sample.txt").read_text(encoding="utf-8").split("\n\n--- after ---\n")
+        )
         if method == "full":
             console.print(before, markup=False, highlight=False)
         console.print(f"\n--- after, {method} ---\n{after}", markup=False, highlight=False)
@@ -84,7 +86,7 @@ def plot(out: Path, results: dict[str, dict[str, Any]]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for (method, result), style in zip(results.items(), ("-", "--", ":"), strict=True):
-        lines = (out / method / "metrics.jsonl").read_text().splitlines()
+        lines = (out / method / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], style, label=method)
         held = [(0, result["heldout_loss_before"])]

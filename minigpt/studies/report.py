@@ -86,7 +86,7 @@ def write(
     storage.write_json(out / "results.json", content)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     setting = {**content["settings"], **content["machine"]}
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         figures=figures,
         findings=content["findings"],
