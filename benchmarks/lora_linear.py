@@ -73,11 +73,11 @@ def timings(shape: Shape) -> tuple[str, ...]:
     return (LAUNCHED, GRAPH) if paper.seconds([paper.floor(shape)[0]]) < 5e-5 else (LAUNCHED,)
 
 
-def one_pass(own: Sequence[Layer], sets: Sequence[Inputs], phase: str, grad: bool = True) -> Run:
+def one_pass(calls: Sequence[Layer], sets: Sequence[Inputs], phase: str, grad: bool = True) -> Run:
     """Every layer once, with its set of inputs."""
 
     def run() -> None:
-        for layer, given in zip(own, sets, strict=True):
+        for layer, given in zip(calls, sets, strict=True):
             with torch.set_grad_enabled(grad):
                 ys = layer.call(given.x)
             if phase == BOTH:
@@ -108,7 +108,7 @@ def measure(
     for p in dropouts(shape):
         torch._dynamo.reset()
         can = [side for side in sides if paper.side_kernels(side, shape, p > 0) is not None]
-        built = {side: own for side in can if (own := _tried(side, layers, side, sets, p))}
+        built = {side: calls for side in can if (calls := _tried(side, layers, side, sets, p))}
         if p == 0 and shape.M > FEW:
             for side in [side for side in built if side != paper.BASE]:
                 for name, error in (_tried(side, errors, built[side][0], sets[0]) or {}).items():
@@ -126,9 +126,9 @@ def _runs(
 ) -> dict[tuple[str, str], tuple[Run, int]]:
     """(side, phase) -> a pass over all sets, and how often to repeat it; all warm."""
     runs = {}
-    for side, own in built.items():
+    for side, calls in built.items():
         for phase in phases(shape):
-            run = one_pass(own, sets, phase, grad=shape.M > FEW)
+            run = one_pass(calls, sets, phase, grad=shape.M > FEW)
             if timing == GRAPH and device == "cuda":
                 captured = _tried(side, on.graphed, run)
                 if captured is None:
@@ -180,16 +180,16 @@ def measure_gpu(folder: Path, threads: int, rounds: int, sides: Sequence[str]) -
     wrong: list[Row] = []
     missing: list[str] = []
 
-    def one(shape: Shape) -> list[Row]:
+    def measured(shape: Shape) -> list[Row]:
         times, more = fresh(threads, measure, shape, sides, rounds, "cuda", torch.bfloat16)
-        found = {row["side"] for row in times}
-        missing.extend(f"{side} at {tuple(shape)}" for side in sides if side not in found)
+        complete = {row["side"] for row in times}
+        missing.extend(f"{side} at {tuple(shape)}" for side in sides if side not in complete)
         wrong.extend(more)
         if wrong:
             write(folder / "lora_linear_errors.csv", threads, wrong)
         return times
 
-    measures = {str(tuple(shape)): partial(one, shape) for shape in GPU_SHAPES}
+    measures = {str(tuple(shape)): partial(measured, shape) for shape in GPU_SHAPES}
     write_each(folder / "lora_linear_gpu.csv", threads, measures)
     if missing:
         sys.exit(f"failed: {', '.join(missing)}")
@@ -227,17 +227,17 @@ def _check(built: dict[str, Layer], given: Inputs) -> None:
     Raises:
         ValueError: they do not.
     """
-    found = []
+    results = []
     for layer in built.values():
         ys = layer.call(given.x)
         dys = [given.dy] * len(ys)
-        found.append([*ys, *torch.autograd.grad(ys, [given.x, *layer.factors], dys)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+        results.append([*ys, *torch.autograd.grad(ys, [given.x, *layer.factors], dys)])
+    for got, other in zip(*results, strict=True):
+        torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
 def _kept(layer: Layer, given: Sequence[Inputs]) -> int:
-    parameters = nn.ParameterList([*layer.factors, *(own.weight for own in given)])
+    parameters = nn.ParameterList([*layer.factors, *(inputs.weight for inputs in given)])
     with saved_bytes(parameters) as count:
         ys = layer.call(given[0].x)
         kept = count()

@@ -56,16 +56,16 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Inputs:
 def layers(side: str, sets: list[Inputs], p: float) -> list[Layer]:
     """The layer of each set of inputs."""
     if side in (paper.PEFT, paper.PEFT_FP32):
-        return [_of_peft([own], p, fp32=side == paper.PEFT_FP32) for own in sets]
+        return [_of_peft([inputs], p, fp32=side == paper.PEFT_FP32) for inputs in sets]
     product = _product(side, p)
 
-    def one(own: Inputs) -> Layer:
-        factors = [own.lora_a, own.lora_b]
+    def layer(inputs: Inputs) -> Layer:
+        factors = [inputs.lora_a, inputs.lora_b]
         return Layer(
-            lambda x: (product(x, own.weight, *factors),), [] if side == paper.BASE else factors
+            lambda x: (product(x, inputs.weight, *factors),), [] if side == paper.BASE else factors
         )
 
-    return [one(own) for own in sets]
+    return [layer(inputs) for inputs in sets]
 
 
 def _product(side: str, p: float) -> Callable[..., Tensor]:
@@ -95,10 +95,13 @@ def ours(siblings: list[Inputs], p: float) -> Layer:
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(
-            lora_linear(x, own.weight, None, own.lora_a, own.lora_b, SCALING, p) for own in siblings
+            lora_linear(x, inputs.weight, None, inputs.lora_a, inputs.lora_b, SCALING, p)
+            for inputs in siblings
         )
 
-    return Layer(call, [own.lora_a for own in siblings] + [own.lora_b for own in siblings])
+    return Layer(
+        call, [inputs.lora_a for inputs in siblings] + [inputs.lora_b for inputs in siblings]
+    )
 
 
 def peft_layer(siblings: list[Inputs], p: float) -> Layer:
@@ -118,7 +121,7 @@ class _Linears(nn.Module):
 def _of_peft(siblings: list[Inputs], p: float, fp32: bool) -> Layer:
     import peft
 
-    plain = _Linears([own.weight for own in siblings])
+    plain = _Linears([inputs.weight for inputs in siblings])
     names = [name for name, _ in plain.named_children()]
     config = peft.LoraConfig(
         r=len(siblings[0].lora_a),
@@ -127,13 +130,13 @@ def _of_peft(siblings: list[Inputs], p: float, fp32: bool) -> Layer:
         target_modules=names,
     )
     model: Any = peft.get_peft_model(plain, config, autocast_adapter_dtype=fp32).train()
-    found = [getattr(model.base_model.model, name) for name in names]
-    a, b = ([getattr(one, f)["default"].weight for one in found] for f in ("lora_A", "lora_B"))
+    layers = [getattr(model.base_model.model, name) for name in names]
+    a, b = ([getattr(layer, f)["default"].weight for layer in layers] for f in ("lora_A", "lora_B"))
     with torch.no_grad():
-        for own, a_i, b_i in zip(siblings, a, b, strict=True):
-            a_i.copy_(own.lora_a)
-            b_i.copy_(own.lora_b)
-    return Layer(lambda x: tuple(one(x) for one in found), [*a, *b])
+        for inputs, a_i, b_i in zip(siblings, a, b, strict=True):
+            a_i.copy_(inputs.lora_a)
+            b_i.copy_(inputs.lora_b)
+    return Layer(lambda x: tuple(layer(x) for layer in layers), [*a, *b])
 
 
 def _scaled(left: Tensor, right: Tensor) -> Tensor:
@@ -197,8 +200,8 @@ def errors(layer: Layer, given: Inputs) -> dict[str, float]:
         "db": SCALING * dy.T @ (x @ a.T),
     }
     (y,) = layer.call(given.x)
-    found = [y, *torch.autograd.grad(y, [given.x, *layer.factors], given.dy)]
+    results = [y, *torch.autograd.grad(y, [given.x, *layer.factors], given.dy)]
     return {
         name: ((got.double() - want).abs().max() / want.abs().max()).item()
-        for (name, want), got in zip(exact.items(), found, strict=True)
+        for (name, want), got in zip(exact.items(), results, strict=True)
     }

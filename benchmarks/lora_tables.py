@@ -100,12 +100,12 @@ def cpu(rows: Rows) -> str:
     columns = ["layer", "forward", "/ peft", "quartiles", "forward + backward", "/ peft"]
     columns += ["quartiles", "kept for backward", "/ peft"]
     lines = []
-    for case, own in cpu_cases(rows).items():
+    for case, case_rows in cpu_cases(rows).items():
         cells = [case]
         for phase in (FORWARD, BOTH):
-            ours, theirs = (_seconds(own, side, phase) for side in (OURS, PEFT))
+            ours, theirs = (_seconds(case_rows, side, phase) for side in (OURS, PEFT))
             cells += [f"{1e3 * quartiles(ours)[1]:.3g} ms", *_ratio(ours, theirs)]
-        kept = {row["side"]: int(row["kept_bytes"]) for row in own}
+        kept = {row["side"]: int(row["kept_bytes"]) for row in case_rows}
         cells += [f"{kept[OURS] / 1e6:.3g} MB", f"{kept[OURS] / kept[PEFT]:.2f}"]
         lines.append(cells)
     return grid(columns, lines)
@@ -113,13 +113,13 @@ def cpu(rows: Rows) -> str:
 
 def cpu_cases(rows: Rows) -> dict[str, Rows]:
     """The rows of each case, by its name."""
-    found: dict[str, list[Mapping[str, str]]] = {}
+    cases: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
         shape = Shape(*(int(row[size]) for size in Shape._fields))
         several = "" if row["siblings"] == "1" else f", {row['siblings']} of one x"
         dropped = "" if float(row["dropout"]) == 0 else f", dropout {row['dropout']}"
-        found.setdefault(f"{name(shape)}{several}{dropped}", []).append(row)
-    return dict(found)
+        cases.setdefault(f"{name(shape)}{several}{dropped}", []).append(row)
+    return dict(cases)
 
 
 def gpu(rows: Rows, shapes: Sequence[Shape], timing: str) -> str:
@@ -163,7 +163,7 @@ def _paper(side: str, shape: Shape, p: float) -> list[float] | None:
         kernels = paper.side_kernels(side, shape, p > 0)
         if kernels is None:
             return None
-        both = [paper.seconds(own) for own in kernels]
+        both = [paper.seconds(side_kernels) for side_kernels in kernels]
     return both[: len(phases(shape))]
 
 
@@ -171,18 +171,18 @@ def _ours(times: Times) -> str | None:
     """The quickest of our routes; None: not measured."""
     sides = {side for side, _ in times if side in ROUTES}
     phase = BOTH if any(phase == BOTH for _, phase in times) else FORWARD
-    found = {side: quartiles(times[side, phase])[1] for side in sides if (side, phase) in times}
-    return min(found, key=lambda side: found[side]) if found else None
+    medians = {side: quartiles(times[side, phase])[1] for side in sides if (side, phase) in times}
+    return min(medians, key=lambda side: medians[side]) if medians else None
 
 
 def _times(rows: Rows, shape: Shape, p: float, timing: str) -> Times:
-    found: Times = {}
+    times: Times = {}
     sizes = tuple(map(str, shape))
     for row in rows:
         where = tuple(row[size] for size in Shape._fields)
         if where == sizes and float(row["dropout"]) == p and row["timing"] == timing:
-            found.setdefault((row["side"], row["phase"]), []).append(float(row["seconds"]))
-    return found
+            times.setdefault((row["side"], row["phase"]), []).append(float(row["seconds"]))
+    return times
 
 
 def errors(rows: Rows) -> str:
@@ -190,8 +190,8 @@ def errors(rows: Rows) -> str:
     tensors = list(dict.fromkeys(row["tensor"] for row in rows))
     lines = []
     for side in dict.fromkeys(row["side"] for row in rows):
-        own = [row for row in rows if row["side"] == side]
-        worst = [max(float(r["error"]) for r in own if r["tensor"] == t) for t in tensors]
+        side_rows = [row for row in rows if row["side"] == side]
+        worst = [max(float(r["error"]) for r in side_rows if r["tensor"] == t) for t in tensors]
         lines.append([side, *(f"{error:.2g}" for error in worst)])
     return grid(["", *tensors], lines)
 
@@ -200,9 +200,9 @@ def training_step(rows: Rows) -> str:
     """A line for each method and side."""
     lines = []
     for method, sides in step.SIDES.items():
-        own = [row for row in rows if row["method"] == method]
-        times: Times = {(side, BOTH): _seconds(own, side) for side in sides}
-        peaks = {row["side"]: int(row["peak_bytes"]) for row in own}
+        method_rows = [row for row in rows if row["method"] == method]
+        times: Times = {(side, BOTH): _seconds(method_rows, side) for side in sides}
+        peaks = {row["side"]: int(row["peak_bytes"]) for row in method_rows}
         best = _ours({key: seconds for key, seconds in times.items() if seconds})
         for side in sides:
             cells = [NOT] * 4
@@ -232,8 +232,8 @@ def plot(folder: Path, path: Path) -> None:
         for shape in GPU_SHAPES:
             times, phase = _times(rows, shape, 0.0, timings(shape)[-1]), phases(shape)[-1]
             if (side, phase) in times and (paper.FLOOR, phase) in times:
-                least, own = (quartiles(times[s, phase])[1] for s in (paper.FLOOR, side))
-                points.append((1e6 * least, own / least))
+                least, median = (quartiles(times[s, phase])[1] for s in (paper.FLOOR, side))
+                points.append((1e6 * least, median / least))
         if not points:
             continue
         line = "-" if side == paper.FLOOR else ""

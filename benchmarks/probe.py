@@ -81,7 +81,7 @@ def groups(given: Inputs, triton: bool) -> dict[str, Group]:
         both = x @ tall_w.T
         return both[:, :N].addmm_(both[:, N:], b.T, alpha=c)
 
-    found = {
+    figures = {
         "ceiling": Group(
             None,
             {
@@ -118,11 +118,11 @@ def groups(given: Inputs, triton: bool) -> dict[str, Group]:
         "dA": Group((DS.T @ X,), {"torch": lambda: (ds.T @ x,)}),
     }
     if not triton:
-        return found
+        return figures
     more = triton_candidates(x, w, a, b, dy, xa, ds)
     return {
         name: Group(group.want, {**group.candidates, **more.get(name, {})})
-        for name, group in found.items()
+        for name, group in figures.items()
     }
 
 

@@ -31,15 +31,15 @@ def routes(rows: Sequence[Mapping[str, str]]) -> dict[Case, str]:
             key = tuple(row[n] for n in ("capability", "dtype", "M", "K", "N", "R", "dropout"))
             sides = seconds.setdefault(key, {})
             sides.setdefault(row["side"], []).append(float(row["seconds"]))
-    found = {}
+    fastest = {}
     for (capability, dtype, *sizes, dropout), sides in seconds.items():
         if len(sides) == len(ROUTES):
             best = min(sides, key=lambda side: quartiles(sides[side])[1])
             major, minor = map(int, capability.split("."))
             M, K, N, R = map(int, sizes)
             case = Case((major, minor), dtype, M, K, N, R, float(dropout) > 0)
-            found[case] = ROUTES[best]
-    return found
+            fastest[case] = ROUTES[best]
+    return fastest
 
 
 def write(path: Path, facts: Mapping[str, str], table: Mapping[Case, str]) -> None:

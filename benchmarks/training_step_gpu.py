@@ -138,9 +138,9 @@ def their_step(model: nn.Module, run: Any, ids: Tensor, autocast: Any) -> Step:
     turn = count()
 
     def step() -> Tensor:
-        own = ids[next(turn) % len(ids)]
+        batch = ids[next(turn) % len(ids)]
         with autocast:
-            loss: Tensor = run(input_ids=own, labels=own).loss
+            loss: Tensor = run(input_ids=batch, labels=batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -2,7 +2,8 @@
 
     torch    every product by torch (cuBLAS on a GPU)
     triton   the large products by torch, those of width R by Triton
-    fused    x W^T + b + s (x A^T) B^T, and dx, each in one launch of Triton
+    fused    x W^T + b + s (x A^T) B^T, and dx, each in one launch of Triton; above rank 32, where
+             a program would need too many registers, it is the route `triton`
 
 measured.csv, which benchmarks/routes.py writes, has a row for each measured case.  A row holds
 for its GPU, dtype, K, N, R and dropout exactly, and for M rounded up to a power of two.  A case

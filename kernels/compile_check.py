@@ -73,14 +73,14 @@ class Result:
     instructions: str
 
     def faults(self, job: Job) -> list[str]:
-        found = []
+        reasons = []
         if self.stack > STACK:
-            found.append(f"{self.stack} bytes of stack")
+            reasons.append(f"{self.stack} bytes of stack")
         if self.shared > SHARED[job.capability]:
-            found.append(f"{self.shared} bytes of shared memory")
+            reasons.append(f"{self.shared} bytes of shared memory")
         if job.needs_hgmma and job.capability == 90 and "HGMMA" not in self.instructions:
-            found.append("no HGMMA")
-        return found
+            reasons.append("no HGMMA")
+        return reasons
 
 
 def jobs(capability: int) -> Iterator[Job]:
@@ -219,12 +219,12 @@ def compile_one(job: Job) -> Result:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", cubin)
         code = _run("nvdisasm", "-c", cubin)
-    found = sorted(set(re.findall(r"\b(U?HGMMA|HMMA|UTC.?MMA|FFMA|LDGSTS|UTMALDG)\b", code)))
+    instructions = sorted(set(re.findall(r"\b(U?HGMMA|HMMA|UTC.?MMA|FFMA|LDGSTS|UTMALDG)\b", code)))
     return Result(
         int(_first(r"REG:(\d+)", usage)),
         int(_first(r"STACK:(\d+)", usage)),
         compiled.metadata.shared,
-        " ".join(found),
+        " ".join(instructions),
     )
 
 

@@ -172,9 +172,10 @@ def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
     if torch.is_grad_enabled():  # create_graph: torch's products can be differentiated again
         run, route = backward, "torch"
         if x is not None:
-            _, xa = forward(x, weight, None, a, b, bits, c, route)
-    found: list[Tensor | None] = run(dy, x, weight, a, b, xa, bits, c, route, needs)
-    return found
+            dropped = x if bits is None else x * unpack(bits, x.size(1))
+            xa = c * (dropped @ a.to(x.dtype).T)
+    grads: list[Tensor | None] = run(dy, x, weight, a, b, xa, bits, c, route, needs)
+    return grads
 
 
 class LoraFunction(torch.autograd.Function):

@@ -30,8 +30,8 @@ def lora_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """`backward` of kernels/lora.py, without the gradients that are not needed."""
-    found = node.backward(dy.contiguous(), x, weight, lora_a, lora_b, xa, bits, c, route, needs)
-    return [gradient for gradient in found if gradient is not None]
+    gradients = node.backward(dy.contiguous(), x, weight, lora_a, lora_b, xa, bits, c, route, needs)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @keep.register_fake
@@ -65,8 +65,8 @@ def _(
 
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     def run(*inputs: Any) -> list[Tensor | None]:
-        found = iter(lora_backward(*inputs))
-        return [next(found) if needed else None for needed in inputs[-1]]
+        gradients = iter(lora_backward(*inputs))
+        return [next(gradients) if needed else None for needed in inputs[-1]]
 
     return *node.gradients(ctx, dy, run), None, None, None
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from minigpt.generation import generate
     from minigpt.models.bert import Bert, BertConfig
     from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
+    from minigpt.models.llama import Llama, LlamaConfig
     from minigpt.training.train import TrainConfig, train
 
 __version__ = "0.1.0"  # of all three packages
@@ -18,6 +19,8 @@ PLACES = {
     "BertConfig": "models.bert",
     "GPTNeo": "models.gpt_neo",
     "GPTNeoConfig": "models.gpt_neo",
+    "Llama": "models.llama",
+    "LlamaConfig": "models.llama",
     "Tokenizer": "data.tokenizer",
     "TrainConfig": "training.train",
     "generate": "generation",
@@ -31,6 +34,8 @@ __all__ = [
     "BertConfig",
     "GPTNeo",
     "GPTNeoConfig",
+    "Llama",
+    "LlamaConfig",
     "Tokenizer",
     "TrainConfig",
     "generate",

@@ -7,6 +7,7 @@ Both raise one ValueError of one line that names the file and the field.
 import json
 import math
 import types
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -59,7 +60,7 @@ def check_types(fields: Mapping[str, Any], hints: Mapping[str, Any], where: str 
     """
     for name, value in fields.items():
         if name in hints and not conforms(value, hints[name]):
-            raise ValueError(f"{where}{name} is {_short(value)}, must be {describe(hints[name])}")
+            raise ValueError(f"{where}{name} is {short(value)}, must be {describe(hints[name])}")
 
 
 def conforms(value: object, hint: Any) -> bool:
@@ -110,12 +111,26 @@ def describe(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+def short(value: object) -> str:
+    """A value for a message: cut, and free of control characters."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def printable(text: str) -> str:
+    """A text from a file, or a library's words about it, for a message: one line, cut, and free
+    of what a terminal obeys.
+    """
+    text = text if text.isprintable() else json.dumps(text)[1:-1]
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {_short(twice)} stands twice")
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"the key {short(twice)} stands twice")
     return values
 
 
@@ -134,9 +149,3 @@ def _kind(value: object) -> str:
     return {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(
         type(value), "a number"
     )
-
-
-def _short(value: object) -> str:
-    """A value for a message, cut and free of control characters."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -29,12 +29,6 @@ def hf_name(model: nn.Module, name: str) -> str:
     return name if names is None else names.to_hf(name)
 
 
-def native_name(model: nn.Module, name: str) -> str:
-    """The inverse of `hf_name`."""
-    names = getattr(model, "names", None)
-    return name if names is None else names.from_hf(name)
-
-
 def select_modules(
     model: nn.Module, patterns: Patterns, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
 ) -> dict[str, nn.Module]:

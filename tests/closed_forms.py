@@ -286,9 +286,9 @@ def prefix_attention(
     """Mixed: c attention(q, P_k, P_v) + (1 - c) attention(q, K, V),  c = Z_P / (Z_P + Z)."""
     real, log_z = attention_forward(q, k, v, sees, scale)
     blind = ~np.any(sees_prefix, axis=-1, keepdims=True)  # c = 0; any value but 0 / 0 will do
-    own, own_log_z = attention_forward(q, prefix_k, prefix_v, sees_prefix | blind, scale)
-    c = np.where(blind, 0.0, 1 / (1 + np.exp(log_z - own_log_z)))
-    return c * own + (1 - c) * real
+    prefixed, prefixed_log_z = attention_forward(q, prefix_k, prefix_v, sees_prefix | blind, scale)
+    c = np.where(blind, 0.0, 1 / (1 + np.exp(log_z - prefixed_log_z)))
+    return c * prefixed + (1 - c) * real
 
 
 def visible_slots(
@@ -301,9 +301,9 @@ def visible_slots(
     """
     sees = np.zeros((queries, prefix + slots), dtype=bool)
     for t in range(queries):
-        own = prefix + slots - queries + t
-        for j in range(own + 1):
-            near = window is None or own - j < window
+        place = prefix + slots - queries + t
+        for j in range(place + 1):
+            near = window is None or place - j < window
             sees[t, j] = near or (j < prefix and not counted)
     return sees
 

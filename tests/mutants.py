@@ -620,10 +620,10 @@ def killer(mutant: Mutant) -> str | None:
         )
     if run.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", run.stdout, re.MULTILINE)
-    if run.returncode != 1 or found is None:
+    failure = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", run.stdout, re.MULTILINE)
+    if run.returncode != 1 or failure is None:
         raise RuntimeError(f"{mutant.name}: no test ran\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    return found[1]
+    return failure[1]
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -16,10 +16,10 @@ def close(
     Args:
         dtype: the precision of the computation; None: that of `got`.
     """
-    found, expected = got.detach().double().numpy(), np.asarray(want, dtype=np.float64)
-    assert found.shape == expected.shape
+    actual, expected = got.detach().double().numpy(), np.asarray(want, dtype=np.float64)
+    assert actual.shape == expected.shape
     limit = roundings * torch.finfo(dtype or got.dtype).eps * np.abs(expected).max(initial=0.0)
-    error = np.abs(found - expected).max(initial=0.0)
+    error = np.abs(actual - expected).max(initial=0.0)
     assert error <= limit, f"{error:.3g} apart, {limit:.3g} allowed"
 
 

@@ -118,9 +118,9 @@ def test_the_command_of_each_study_is_understood() -> None:
         given = vars(cli.parser().parse_args(command.split()[1:]))
         named.append(given["name"])
         settings, _ = studies.command(given["name"])
-        own = {f.name: given[f.name] for f in fields(settings) if f.name in given}
-        assert studies.published(given["name"], own)["steps"] >= 300
-        assert settings(**own).seeds == 5
+        settings_given = {f.name: given[f.name] for f in fields(settings) if f.name in given}
+        assert studies.published(given["name"], settings_given)["steps"] >= 300
+        assert settings(**settings_given).seeds == 5
     assert named == list(studies.STUDIES)
 
 
@@ -180,7 +180,7 @@ def sizes() -> dict[str, nn.Module]:
 
 def counts() -> list[tuple[str, str, str, str]]:
     """(page, config, model, number) of every table with columns of these names."""
-    found = []
+    rows = []
     for page in PAGES:
         columns: list[str] = []
         for line in page.read_text().splitlines():
@@ -191,8 +191,8 @@ def counts() -> list[tuple[str, str, str, str]]:
                 columns = cells
             elif "config" in columns and not line.startswith("| ---"):
                 row = dict(zip(columns, cells, strict=True))
-                found += [(page.stem, row["config"].strip("`"), m, row[m]) for m in sizes()]
-    return found
+                rows += [(page.stem, row["config"].strip("`"), m, row[m]) for m in sizes()]
+    return rows
 
 
 @pytest.mark.parametrize(("page", "config", "model", "number"), counts())

@@ -7,12 +7,14 @@ lacks.  Anything else is an error that names the tensors.
 
 import logging
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from minigpt.checkpoints.config import read_config
 from minigpt.checkpoints.source import find, read_tensors
 from minigpt.models.architecture import (
     Architecture,
@@ -21,11 +23,13 @@ from minigpt.models.architecture import (
     config_json,
     num_labels_from,
 )
-from minigpt.models.architectures import read_config
 from minigpt.models.names import Names
 from peft_lite import storage
+from peft_lite.json_files import printable
 
 logger = logging.getLogger("minigpt")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @overload
@@ -64,26 +68,31 @@ def load(
             or tensors that are missing, unexpected or of another shape.
     """
     directory = find(source)
-    architecture, config, _ = read_config(directory)
-    tensors = _rename(read_tensors(directory), architecture.names)
-    head = head or _head_of(tensors, architecture)
-    classifier_name = architecture.names.to_hf("head.classifier.weight")
-    classifier = tensors.get(classifier_name)
-    if num_labels is None:
-        num_labels = 2 if classifier is None else len(classifier)
-    elif num_labels < 1:
-        raise ValueError(f"num_labels is {num_labels}, must be at least 1")
-    elif classifier is not None and len(classifier) != num_labels:
-        # another task's classifier: a fresh one takes its place
-        layer = classifier_name.removesuffix("weight")
-        tensors = {n: t for n, t in tensors.items() if not n.startswith(layer)}
-    model = architecture.outline(config, head, num_labels)
+    architecture, config, raw = read_config(directory)
+    tensors = read_tensors(directory)
+    names = architecture.names
     try:
+        tensors = _rename(tensors, names)
+        if architecture.other_class(raw):
+            tensors = {n: t for n, t in tensors.items() if n.startswith(names.prefix)}
+            head = head or "none"
+        head = head or _head_of(tensors, architecture)
+        classifier_name = names.to_hf("head.classifier.weight")
+        classifier = tensors.get(classifier_name)
+        classes = None if classifier is None else classifier.shape[:1].numel()
+        if num_labels is None:
+            num_labels = 2 if classes is None else classes
+        elif classes not in (None, num_labels):
+            # another task's classifier: a fresh one takes its place
+            layer = classifier_name.removesuffix("weight")
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(layer)}
+        model = architecture.outline(config, head, num_labels)
         state = _match(model, tensors, architecture, head)
         state = {name: t.to(device=device, dtype=dtype) for name, t in state.items()}
+        _check_finite(state, names)
         model.load_state_dict(state, strict=False, assign=True)
         model.tie()
-        _check_tied(model, state, architecture.names)
+        _check_tied(model, state, names)
         fresh = _missing(model, state, architecture)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
@@ -101,8 +110,13 @@ def outline(source: str | Path, head: str | None = None) -> Model:
     Raises:
         ValueError: as `load`, as far as config.json tells; None is the head that it names.
     """
-    architecture, config, raw = read_config(find(source, weights=False))
-    return architecture.outline(config, head or architecture.head_from(raw), num_labels_from(raw))
+    directory = find(source, weights=False)
+    architecture, config, raw = read_config(directory)
+    try:
+        head = head or architecture.head_from(raw)
+        return architecture.outline(config, head, num_labels_from(raw))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
 
 def save(model: Model, directory: str | Path) -> None:
@@ -146,7 +160,7 @@ def _rename(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
         if names.is_ignorable(name):
             continue
         if name in renamed and not torch.equal(renamed[name], tensor):
-            raise ValueError(f"two different tensors of the checkpoint are both {name}")
+            raise ValueError(f"two different tensors of the checkpoint are both {printable(name)}")
         renamed[name] = tensor
     return renamed
 
@@ -169,6 +183,9 @@ def _match(
     for hf, tensor in tensors.items():
         name = names.from_hf(hf)
         if name in places:
+            if tensor.dtype not in DTYPES:
+                allowed = ", ".join(map(str, DTYPES))
+                raise ValueError(f"{hf} is {tensor.dtype}, must be one of {allowed}")
             if tensor.shape != places[name].shape:
                 want = list(places[name].shape)
                 raise ValueError(f"{hf} is {list(tensor.shape)}, the config wants {want}")
@@ -178,6 +195,13 @@ def _match(
     if unexpected:
         raise ValueError(f"{len(unexpected)} tensors have no place: {_some(unexpected)}")
     return state
+
+
+def _check_finite(state: Mapping[str, Tensor], names: Names) -> None:
+    """One pass that keeps nothing: 0.04 s for 500 MB, where isfinite().all() takes seconds."""
+    for name, tensor in state.items():
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{names.to_hf(name)} holds what is no finite {tensor.dtype}")
 
 
 def _check_tied(model: Model, state: Mapping[str, Tensor], names: Names) -> None:
@@ -191,7 +215,7 @@ def _missing(model: Model, state: Mapping[str, Tensor], architecture: Architectu
     """Native names that got no tensor: none, or those of a whole head."""
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     absent = tuple(
-        part for part in architecture.fresh if not any(n.startswith(part) for n in state)
+        takewhile(lambda part: not any(n.startswith(part) for n in state), architecture.fresh)
     )
     lost = [architecture.names.to_hf(name) for name in missing if not name.startswith(absent)]
     if lost:
@@ -219,5 +243,5 @@ def _initialize(model: Model, dtype: torch.dtype, device: torch.device) -> None:
 
 def _some(names: Iterable[str]) -> str:
     """The first few names."""
-    first, *rest = sorted(names)
-    return ", ".join([first, *rest[:3]]) + (", ..." if len(rest) > 3 else "")
+    shown = [printable(name) for name in sorted(names)]
+    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")

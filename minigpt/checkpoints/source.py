@@ -4,12 +4,13 @@ A directory holds its tensors in `model.safetensors`, in shards with an index, o
 `pytorch_model.bin`, of which only plain tensors are ever unpickled.
 """
 
-import json
+import os.path
 import re
 from pathlib import Path
 
 from torch import Tensor
 
+from peft_lite.json_files import check_types, printable, read_object, short
 from peft_lite.tensor_files import read_named_tensors
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -27,10 +28,11 @@ def find(source: str | Path, weights: bool = True) -> Path:
         ValueError: there is no such directory, and the hub does not give a model of that id.
     """
     path = BUNDLED.get(str(source)) or Path(source)
-    if path.is_dir():
+    if str(source) and os.path.isdir(path):  # the path "" is the current directory
         return path
-    if path.exists() or not HUB_ID.fullmatch(str(source)):
-        raise ValueError(f"no such model directory: {source}")
+    if os.path.exists(path) or not HUB_ID.fullmatch(str(source)):
+        name = printable(str(source)) or "an empty name"
+        raise ValueError(f"no such model directory: {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -59,21 +61,26 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         if (directory / single).exists():
             return read_named_tensors(directory / single)
         if index.exists():
-            tensors: dict[str, Tensor] = {}
-            for shard in _shards(index):
-                tensors |= read_named_tensors(directory / shard)
-            return tensors
+            return _read_shards(index)
     raise ValueError(
         f"no weights in {directory}: want model.safetensors or pytorch_model.bin, or their index"
     )
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"cannot read {index}: {error!r}") from None
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index}: shard {shard!r} lies outside the directory")
-    return shards
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards: each that the index names, none of them twice."""
+    raw = read_object(index)
+    check_types({"weight_map": raw.get("weight_map")}, {"weight_map": dict[str, str]}, f"{index}: ")
+    places: dict[str, str] = raw["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if not shard or printable(shard) != shard or Path(shard).name != shard:
+            raise ValueError(f"{index}: shard {short(shard)} lies outside the directory")
+        part = read_named_tensors(index.with_name(shard))
+        if twice := part.keys() & tensors.keys():
+            raise ValueError(f"{index}: {printable(min(twice))} lies in two shards")
+        tensors |= part
+    if lost := places.keys() - tensors.keys():
+        name = min(lost)
+        raise ValueError(f"{index}: {printable(name)} does not lie in {places[name]}")
+    return tensors

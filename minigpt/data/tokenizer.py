@@ -1,15 +1,32 @@
 """Text <-> token ids, through the `tokenizers` library and the files beside a checkpoint."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from peft_lite.json_files import check_types, printable, read_object, short
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")  # of an added token
 MARKS = 2  # [CLS] before a text and [SEP] after it
+SETTINGS: dict[str, Any] = {  # of tokenizer_config.json, where they change the ids
+    "do_lower_case": bool,
+    "strip_accents": bool | None,
+    "tokenize_chinese_chars": bool,
+    "add_prefix_space": bool,
+    "added_tokens_decoder": dict[str, dict[str, str | bool]] | None,
+}
 UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than it has tokens
 
 
@@ -37,21 +54,25 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads the first of the three kinds of files that the directory holds.
+        """Reads the first of the three kinds of files that the directory holds, and what
+        tokenizer_config.json and added_tokens.json say beside it, as transformers does.
 
         Raises:
-            ValueError: there is none, it cannot be read, or its vocabulary is empty.
+            ValueError: there is none, it cannot be read, its vocabulary is empty, or an added
+                token has another id than the next.
         """
         folder = Path(directory)
         try:
-            if (folder / "tokenizer.json").exists():
-                return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
-            if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-                return cls(_byte_level_bpe(folder))
-            if (folder / "vocab.txt").exists():
-                return cls(_word_piece(folder))
+            backend = _read(folder)
+            if backend is not None:
+                settings = _optional(folder / "tokenizer_config.json")
+                check_types(settings, SETTINGS, "tokenizer_config.json: ")
+                _apply(settings, backend)
+                _add_tokens(settings, _optional(folder / "added_tokens.json"), backend)
+                return cls(backend)
         except Exception as error:  # the library raises bare Exception for a broken file
-            raise ValueError(f"cannot read the tokenizer in {folder}: {error}") from None
+            reason = printable(str(error))
+            raise ValueError(f"cannot read the tokenizer in {folder}: {reason}") from None
         raise ValueError(
             f"no tokenizer in {folder}: want tokenizer.json, vocab.json and merges.txt, "
             "or vocab.txt"
@@ -90,14 +111,23 @@ class Tokenizer:
             vocab_size=vocab_size, special_tokens=[*SPECIAL, *inner], show_progress=False
         )
         learner.train_from_iterator(texts, trainer)
-        return cls(_bert(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"), {}))
+        return cls(_bert(models.WordPiece(learner.get_vocab(), unk_token="[UNK]")))
 
     def save(self, directory: str | Path) -> None:
         self.backend.save(str(Path(directory) / "tokenizer.json"))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without the special tokens that some tokenizers put around it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids of `text`, without the special tokens that some tokenizers put around it.
+
+        Raises:
+            ValueError: half of a surrogate pair, or a piece that the vocabulary has no token for.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library's own kinds
+            half = any("\ud800" <= character <= "\udfff" for character in text)
+            reason = "it holds half of a surrogate pair" if half else printable(str(error))
+            raise ValueError(f"cannot encode {short(text)}: {reason}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -132,6 +162,54 @@ class Tokenizer:
             )
 
 
+def _read(folder: Path) -> tokenizers.Tokenizer | None:
+    """From the first kind of files that is there."""
+    if (folder / "tokenizer.json").exists():
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return _byte_level_bpe(folder)
+    if (folder / "vocab.txt").exists():
+        return _bert(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+    return None
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.exists() else {}
+
+
+def _apply(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """What tokenizer_config.json sets takes the place of what the tokenizer's own file says."""
+    normalizer, splitter = backend.normalizer, backend.pre_tokenizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        normalizer.lowercase = settings.get("do_lower_case", normalizer.lowercase)
+        normalizer.strip_accents = settings.get("strip_accents", normalizer.strip_accents)
+        chinese = settings.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
+        normalizer.handle_chinese_chars = chinese
+    if isinstance(splitter, pre_tokenizers.ByteLevel):
+        space = settings.get("add_prefix_space", splitter.add_prefix_space)
+        splitter.add_prefix_space = space
+
+
+def _add_tokens(
+    settings: Mapping[str, Any], ids: Mapping[str, Any], backend: tokenizers.Tokenizer
+) -> None:
+    """The tokens that were added to a vocabulary: of tokenizer_config.json, then of
+    added_tokens.json, each under the id that the file gives it.
+    """
+    check_types({"added_tokens.json": ids}, {"added_tokens.json": dict[str, int]})
+    described = settings.get("added_tokens_decoder") or {}
+    tokens = [
+        (int(number), AddedToken(fields["content"], **{n: fields[n] for n in FLAGS if n in fields}))
+        for number, fields in described.items()
+    ]
+    known = {token.content for _, token in tokens}
+    tokens += [(i, AddedToken(token)) for token, i in ids.items() if token not in known]
+    for number, token in sorted(tokens, key=lambda pair: pair[0]):
+        backend.add_tokens([token])
+        if (given := backend.token_to_id(token.content)) != number:
+            raise ValueError(f"token {short(token.content)} has id {number}, would get {given}")
+
+
 def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
         models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -143,23 +221,14 @@ def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _word_piece(folder: Path) -> tokenizers.Tokenizer:
-    settings = folder / "tokenizer_config.json"
-    options = json.loads(settings.read_text()) if settings.exists() else {}
-    model = models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]")
-    return _bert(model, options)
-
-
-def _bert(model: models.WordPiece, options: dict[str, Any]) -> tokenizers.Tokenizer:
+def _bert(model: models.WordPiece) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(
-        lowercase=options.get("do_lower_case", True),
-        strip_accents=options.get("strip_accents"),
-        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
-    )
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     special = {token: backend.token_to_id(token) for token in SPECIAL}
+    if special["[UNK]"] is None:
+        raise ValueError("the vocabulary lacks [UNK], the token of unknown words")
     backend.add_special_tokens([t for t, i in special.items() if i is not None])
     first, last = special["[CLS]"], special["[SEP]"]
     if first is not None and last is not None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minigpt.models.attention import Cache
-from minigpt.models.config import nearest
+from minigpt.models.config import nearest, short
 from minigpt.models.names import Names
+
+MAX_LABELS = 2**20
 
 
 class Config(Protocol):
@@ -110,14 +112,21 @@ class Architecture:
             classification head takes the number of classes as a third argument.
         names: the table of tensor names.
         heads: head -> Hugging Face's class name, for `architectures` in config.json.
+        also: other classes there, with several heads -> the head of theirs there is code for.
         default: the head of a checkpoint that shows no other.
         signs: head -> beginning of the tensor names that only a checkpoint with that head has.
         dropped: head -> beginnings of native names that a checkpoint may have and the model lacks.
-        fresh: beginnings of native names that a checkpoint may lack as a whole.
+        fresh: beginnings of native names that a checkpoint may lack as a whole, each with those
+            before it, which read it.
         copies: checkpoint name -> second name of the same tensor where embeddings are not tied.
         fixed: fields of config.json that change the mathematics, with the only value supported.
+        absent: config fields whose default in transformers is not ours -> its default, which a
+            config.json without the field means.
+        aliases: second names that a field of config.json may have.
+        hints: types of the fields that `read` reads.
         read: content of config.json -> config fields that are written in another form there.
         write: model -> fields of config.json in that form.
+        lacking: config fields that config.json does not have.
     """
 
     model_type: str
@@ -126,13 +135,18 @@ class Architecture:
     names: Names
     heads: Mapping[str, str]
     default: str
+    also: Mapping[str, str] = field(default_factory=dict)
     signs: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fresh: tuple[str, ...] = ("head.",)
     copies: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     write: Callable[[Any], dict[str, Any]] = _nothing
+    lacking: tuple[str, ...] = ()
 
     def build(self, config: Config, head: str, num_labels: int = 2) -> Model:
         """A freshly initialised model.  Raises ValueError for a head that it cannot have."""
@@ -142,6 +156,8 @@ class Architecture:
                 f"{nearest(head, self.heads)}"
             )
         if head == "classification":
+            if not 1 <= num_labels <= MAX_LABELS:
+                raise ValueError(f"num_labels is {short(num_labels)}, must be 1 to {MAX_LABELS:,}")
             return self.model(config, head, num_labels)
         return self.model(config, head)
 
@@ -158,29 +174,40 @@ class Architecture:
         """
         for name, value in self.fixed.items():
             if raw.get(name, value) != value:
-                raise ValueError(f"{name} {raw[name]!r} is not supported, only {value!r}")
+                raise ValueError(f"{name} {short(raw[name])} is not supported, only {value!r}")
         known = {f.name for f in fields(self.config)}
         settings = {name: value for name, value in raw.items() if name in known}
+        for alias, name in self.aliases.items():
+            if alias in raw and settings.setdefault(name, raw[alias]) != raw[alias]:
+                raise ValueError(f"{alias} {raw[alias]} contradicts {name} {settings[name]}")
         try:
-            return self.config(**settings | self.read(raw))
+            return self.config(**{**self.absent, **settings, **self.read(raw)})
         except TypeError as error:
             raise ValueError(str(error)) from None
 
     def head_from(self, raw: Mapping[str, Any]) -> str:
         """The head that the content of config.json names, else the default."""
         named = raw.get("architectures") or []
-        return next((head for head, t in self.heads.items() if t in named), self.default)
+        heads = {name: head for head, name in self.heads.items()} | dict(self.also)
+        return next((heads[name] for name in named if name in heads), self.default)
+
+    def other_class(self, raw: Mapping[str, Any]) -> str | None:
+        """The class that config.json names, where there is no code for its head."""
+        named = raw.get("architectures") or []
+        return None if {*named} & {*self.heads.values(), *self.also} else next(iter(named), None)
 
 
 def num_labels_from(raw: Mapping[str, Any]) -> int:
     """The number of classes that the content of config.json names, else 2."""
-    return int(raw.get("num_labels") or len(raw.get("id2label") or (0, 1)))
+    number = raw.get("num_labels")
+    return len(raw.get("id2label") or (0, 1)) if number is None else number
 
 
 def config_json(model: Model) -> dict[str, Any]:
     """The settings of a model as Hugging Face's config.json has them."""
     architecture = model.architecture
     settings = asdict(model.config)  # type: ignore[call-overload]
+    settings = {n: value for n, value in settings.items() if n not in architecture.lacking}
     settings |= {
         "model_type": architecture.model_type,
         "architectures": [architecture.heads[model.head_kind]],

@@ -4,6 +4,8 @@
 
 Shapes:  B batch   T time (queries)   S slots (keys: the cache's, then the T new ones)
          D width   H heads            N width of a head, D = H N
+         G heads of keys and values: as many, or fewer, each for H / G heads of queries
+         (grouped queries, Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)
 """
 
 import torch
@@ -38,6 +40,17 @@ def visible(
     return mask | (k == q)
 
 
+def block_mask(
+    T: int, S: int, window: int | None, padding: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """Mask and `causal` for blocks with this window.  Without padding, and with a window that
+    holds all slots, no mask is needed: a single query sees every key, T = S queries a triangle.
+    """
+    if padding is None and (window is None or window >= S) and T in (1, S):
+        return None, T > 1
+    return visible(T, S, window, padding, device), False
+
+
 def positions(T: int, S: int, limit: int, device: torch.device) -> Tensor:
     """Position ids (1, T) of the last T of S tokens, counted 0, 1, 2, ..."""
     if limit < S:
@@ -48,7 +61,8 @@ def positions(T: int, S: int, limit: int, device: torch.device) -> Tensor:
 def naive_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """The equation, term by term: q (B, H, T, N), k and v (B, H, S, N) -> (B, H, T, N)."""
+    """The equation, term by term: q (B, H, T, N), k and v (B, G, S, N) -> (B, H, T, N)."""
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))  # (B, H, S, N)
     scores = scale * q @ k.transpose(-2, -1)  # (B, H, T, S)
     if causal:
         mask = visible(q.size(-2), k.size(-2), device=q.device)
@@ -65,7 +79,12 @@ def fast_attention(
     is kept for the backward pass.
     """
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout
+        *(q, k, v),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        dropout_p=dropout,
+        enable_gqa=q.size(1) != k.size(1),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minigpt.models.architecture import Architecture, Model
 from minigpt.models.attention import Attention, positions
-from minigpt.models.config import one_of, positive, probability
+from minigpt.models.config import MAX_LAYERS, between, one_of, probability, short, size
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, MLP
 from minigpt.models.names import Names
@@ -48,17 +48,22 @@ class BertConfig:
     id2label: Mapping[str, str] | None = None  # names of the classes, by their numbers
 
     def __post_init__(self) -> None:
-        positive(self, "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size")
-        positive(self, "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        size(self, "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size")
+        size(self, "num_attention_heads", "intermediate_size")
+        size(self, "num_hidden_layers", at_most=MAX_LAYERS)
         probability(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
         if self.classifier_dropout is not None:
             probability(self, "classifier_dropout")
+        between(self, 0, 1, "layer_norm_eps")
+        between(self, 0, 100, "initializer_range")
         one_of(self, "hidden_act", ACTIVATIONS)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        if not all(number.isdecimal() for number in self.id2label or ()):
+            raise ValueError(f"id2label {short(self.id2label)}: want the numbers of the classes")
 
 
 class Embeddings(nn.Module):
@@ -288,6 +293,7 @@ ARCHITECTURE = Architecture(
         "classification": "BertForSequenceClassification",
         "none": "BertModel",
     },
+    also={"BertForPreTraining": "masked-lm"},
     default="none",
     signs={"classification": "classifier.", "masked-lm": "cls.predictions."},
     dropped={

@@ -15,13 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.models.architecture import Architecture, Decoder
-from minigpt.models.attention import Attention, Cache, positions, visible
-from minigpt.models.config import one_of, positive, probability
+from minigpt.models.attention import Attention, Cache, block_mask, positions
+from minigpt.models.config import MAX_LAYERS, between, one_of, probability, short, size
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, MLP
 from minigpt.models.names import Names
@@ -47,13 +46,18 @@ class GPTNeoConfig:
     resid_dropout: float = 0.0
     initializer_range: float = 0.02
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        positive(self, "vocab_size", "max_position_embeddings", "hidden_size", "num_layers")
-        positive(self, "num_heads", "window_size")
+        size(self, "vocab_size", "max_position_embeddings", "hidden_size", "num_heads")
+        size(self, "num_layers", at_most=MAX_LAYERS)
+        size(self, "window_size")
+        if self.intermediate_size is not None:
+            size(self, "intermediate_size")
         probability(self, "embed_dropout", "attention_dropout", "resid_dropout")
+        between(self, 0, 1, "layer_norm_epsilon")
+        between(self, 0, 100, "initializer_range")
         one_of(self, "activation_function", ACTIVATIONS)
         if self.hidden_size % self.num_heads:
             raise ValueError(
@@ -61,7 +65,7 @@ class GPTNeoConfig:
             )
         if len(self.layers) != self.num_layers or not {*self.layers} <= {"global", "local"}:
             raise ValueError(
-                f"attention_layers {list(self.layers)}: want num_layers = {self.num_layers} "
+                f"attention_layers {short(list(self.layers))}: want num_layers = {self.num_layers} "
                 "entries, each 'global' or 'local'"
             )
 
@@ -73,7 +77,7 @@ class GPTNeoConfig:
 
     @property
     def inner(self) -> int:
-        return self.intermediate_size or 4 * self.hidden_size
+        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
 
 
 class Embeddings(nn.Module):
@@ -174,8 +178,8 @@ class GPTNeo(Decoder):
         x = self.embeddings(input_ids, position_ids, start)
         T, S = x.size(1), cached + x.size(1)  # with the prompt
         masks = {
-            "global": self._mask(T, S, None, attention_mask, input_ids.device),
-            "local": self._mask(T, S, self.config.window_size, attention_mask, input_ids.device),
+            "global": block_mask(T, S, None, attention_mask, input_ids.device),
+            "local": block_mask(T, S, self.config.window_size, attention_mask, input_ids.device),
         }
         for i, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
             x = block(x, *masks[kind], caches[i] if caches else None)
@@ -189,16 +193,6 @@ class GPTNeo(Decoder):
     def max_tokens(self) -> int:
         """Number of positions for tokens."""
         return self.config.max_position_embeddings - self.embeddings.prompt.shift
-
-    def _mask(
-        self, T: int, S: int, window: int | None, padding: Tensor | None, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
-        """Mask and `causal` for blocks with this window.  Without padding, and with a window that
-        holds all slots, no mask is needed: a single query sees every key, T = S queries a triangle.
-        """
-        if padding is None and (window is None or window >= S) and T in (1, S):
-            return None, T > 1
-        return visible(T, S, window, padding, device), False
 
     def new_caches(self, batch: int, slots: int) -> list[Cache]:
         """Empty caches for `slots` tokens of each of `batch` rows."""
@@ -254,9 +248,17 @@ def read_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`attention_types` [[["global", "local"], 6]], a pattern and how many times, or its result
     `attention_layers`.
     """
-    layers = raw.get("attention_layers")
-    if "attention_types" in raw:
-        layers = [kind for pattern, times in raw["attention_types"] for kind in pattern * times]
+    layers, types = raw.get("attention_layers"), raw.get("attention_types")
+    if types is not None:
+        for pattern, times in types:
+            if len(pattern) * times > MAX_LAYERS:
+                raise ValueError(f"attention_types has more than {MAX_LAYERS:,} layers")
+        expanded = [kind for pattern, times in types for kind in pattern * times]
+        if layers not in (None, expanded):
+            raise ValueError(
+                f"attention_layers {short(layers)} contradicts attention_types {short(types)}"
+            )
+        layers = expanded
     return {} if layers is None else {"attention_layers": tuple(layers)}
 
 
@@ -277,6 +279,9 @@ ARCHITECTURE = Architecture(
     heads={"causal-lm": "GPTNeoForCausalLM", "none": "GPTNeoModel"},
     default="causal-lm",
     dropped={"none": ("head.",)},
+    absent={"hidden_size": 2048, "num_layers": 24, "num_heads": 16},
+    aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
+    hints={"attention_types": list[tuple[list[str], int]] | None},
     read=read_layers,
     write=write_layers,
 )

@@ -1,8 +1,9 @@
 """The position-wise network between two attentions.
 
-    MLP(x) = W_down act(W_up x + b_up) + b_down
+    MLP(x)      = W_down act(W_up x + b_up) + b_down
+    GatedMLP(x) = W_down (act(W_gate x) * W_up x)        Shazeer 2020, https://arxiv.org/abs/2002.05202
 
-Shapes:  x (..., D), W_up (inner, D), W_down (D, inner)
+Shapes:  x (..., D), W_up and W_gate (inner, D), W_down (D, inner)
 """
 
 from collections.abc import Callable
@@ -38,3 +39,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(nn.Module):
+    """The same with a gate for each unit; SwiGLU where the activation is "silu"."""
+
+    def __init__(self, width: int, inner: int, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.gate = Linear(width, inner, bias=bias)
+        self.up = Linear(width, inner, bias=bias)
+        self.down = Linear(inner, width, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -54,6 +54,6 @@ def _translate(name: str, table: Mapping[str, str]) -> str:
     for end in range(len(parts), 0, -1):
         numbers = [part for part in parts[:end] if part.isdecimal()]
         pattern = ".".join("{}" if part.isdecimal() else part for part in parts[:end])
-        if pattern in table:
+        if pattern in table and pattern.count("{}") == len(numbers):
             return ".".join([table[pattern].format(*numbers), *parts[end:]])
     return name

@@ -57,13 +57,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def updates(path: Path, kinds: tuple[str, ...]) -> None:
     """A result file of two rounds: ours takes 2 and 3, fused 4 and 4, foreach 8 and 8 ms."""
     milliseconds = {"clip + foreach": (8, 8), "clip + fused": (4, 4), "ours": (2, 3)}
-    found = [
+    measured = [
         {"set": "48 x 8K", "side": side, "time": kind, "round": i, "seconds": ms[i] / 1e3}
         for kind in kinds
         for i in (0, 1)
         for side, ms in milliseconds.items()
     ]
-    write(path, 2, found)
+    write(path, 2, measured)
 
 
 def test_a_table_of_the_update_compares_with_the_quickest_side(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def test_times_on_paper_are_those_of_the_bytes(
 ) -> None:
     M, K, N, R = 8192, 4096, 11008, 16
     kernels = paper.side_kernels(side, Shape(M, K, N, R), dropout)
-    for own, (x, y) in zip(kernels, (forward, backward), strict=True):
+    for side_kernels, (x, y) in zip(kernels, (forward, backward), strict=True):
         expected = 2 * M * N * K / 790e12 + (x * M * K + y * M * N) / 4.3e12
-        assert paper.seconds(own) == pytest.approx(expected, rel=0.01)
+        assert paper.seconds(side_kernels) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", GPU_SHAPES)
@@ -59,10 +59,12 @@ def test_no_side_is_below_the_floor_and_small_ones_pay_for_launches(
         if kernels is None:
             assert (side, dropout) == (paper.UNSLOTH, True)
             continue
-        for own, bound in zip(kernels, least, strict=True):
-            if own and side != paper.BASE:
-                assert paper.seconds(own) >= bound  # the fused forward pass is at the floor
-            assert paper.seconds(own) >= 2e-6 * len(own)
+        for side_kernels, bound in zip(kernels, least, strict=True):
+            if side_kernels and side != paper.BASE:
+                assert (
+                    paper.seconds(side_kernels) >= bound
+                )  # the fused forward pass is at the floor
+            assert paper.seconds(side_kernels) >= 2e-6 * len(side_kernels)
 
 
 # --- sides --------------------------------------------------------------------------------------
@@ -74,10 +76,10 @@ def test_every_side_is_the_closed_form(side: str) -> None:
     (layer,) = layers(side, [given], 0.0)
     (y,) = layer.call(given.x)
     x, w, a, b, dy = (t.detach().double().numpy() for t in given)
-    found = torch.autograd.grad(y, [given.x, *layer.factors], given.dy)
+    gradients = torch.autograd.grad(y, [given.x, *layer.factors], given.dy)
     s = 0.0 if side == paper.BASE else 2.0
     wanted = [lora_forward(x, w, None, a, b, s), *lora_gradients(x, dy, w, a, b, s)]
-    for got, want in zip([y, *found], wanted, strict=side != paper.BASE):
+    for got, want in zip([y, *gradients], wanted, strict=side != paper.BASE):
         torch.testing.assert_close(got.double(), torch.from_numpy(want), rtol=1e-5, atol=1e-4)
 
 
@@ -98,8 +100,8 @@ def test_formulas_of_others_have_right_gradients(p: float) -> None:
 def test_all_that_a_gpu_measures_runs_on_tiny_shapes() -> None:
     run = partial(lora_linear.measure, device="cpu", dtype=torch.float32, rounds=2)
     times, wrong = run(SMALL, EAGERLY)
-    found = {(r["side"], r["dropout"], r["timing"], r["phase"], r["round"]) for r in times}
-    assert len(found) == len(times) == 2 * 2 * 2 * 2 * (len(EAGERLY) + 1) - 8  # no unsloth dropped
+    keys = {(r["side"], r["dropout"], r["timing"], r["phase"], r["round"]) for r in times}
+    assert len(keys) == len(times) == 2 * 2 * 2 * 2 * (len(EAGERLY) + 1) - 8  # no unsloth dropped
     assert all(row["seconds"] > 0 for row in times)
     assert {(row["side"], row["tensor"]) for row in wrong} == {
         (side, t) for side in EAGERLY if side != paper.BASE for t in ("y", "dx", "da", "db")
@@ -212,8 +214,8 @@ def results(tmp_path: Path) -> Path:
 
 
 def line(text: str, begin: str, number: int = 0) -> list[str]:
-    found = [row for row in text.splitlines() if row.startswith(f"| {begin} |")]
-    return [cell.strip() for cell in found[number].strip("|").split("|")]
+    lines = [row for row in text.splitlines() if row.startswith(f"| {begin} |")]
+    return [cell.strip() for cell in lines[number].strip("|").split("|")]
 
 
 def test_measured_tables_have_times_ratios_and_paper(results: Path) -> None:
@@ -276,10 +278,10 @@ def test_the_table_of_routes_is_that_of_the_medians(results: Path) -> None:
     table = results / "measured.csv"
     command = [sys.executable, "-m", "benchmarks.routes", "--out", results, "--table", table]
     subprocess.run(command, cwd=ROOT, check=True)
-    found = backend.read(table)
-    assert len(found) == 4 * 2 + 2
-    assert set(found.values()) == {"triton", "torch"}
-    lost = [case for case, route in found.items() if route == "torch"]
+    routes = backend.read(table)
+    assert len(routes) == 4 * 2 + 2
+    assert set(routes.values()) == {"triton", "torch"}
+    lost = [case for case, route in routes.items() if route == "torch"]
     assert lost == [Case((9, 0), "bfloat16", 4096, 768, 768, 8, True)]
     assert table.read_text().startswith("# cpu: ")
     assert {GRAPH, LAUNCHED} == {row.split(",")[7] for row in lines if row.startswith("9.0")}

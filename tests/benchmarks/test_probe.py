@@ -68,9 +68,9 @@ def test_every_candidate_computes_its_product(shape: Shape, triton: bool) -> Non
     checked = 0
     for name, values in want.items():
         for candidate, run in groups[name].candidates.items():
-            found = run()
-            assert len(found) == len(values)
-            for got, value in zip(found, values, strict=True):
+            results = run()
+            assert len(results) == len(values)
+            for got, value in zip(results, values, strict=True):
                 # some roundings of fp16, of values that are at most the largest
                 off = (got.double() - value).abs().max() / value.abs().max()
                 assert off < 4 * torch.finfo(torch.float16).eps, f"{name}: {candidate}"

@@ -41,14 +41,14 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> dict
         "lora_b": (N, R, R**-0.5),
         "dy": (M, N, 1.0),
     }
-    found = {
+    tensors = {
         name: (size * torch.randn(rows, columns, generator=random)).to(device, dtype)
         for name, (rows, columns, size) in sizes.items()
     }
-    found["bias"] = found["bias"][0]
+    tensors["bias"] = tensors["bias"][0]
     for name in ("x", "lora_a", "lora_b"):
-        found[name].requires_grad_()
-    return found
+        tensors[name].requires_grad_()
+    return tensors
 
 
 def exact(given: dict[str, Tensor], kept: Tensor | float = 1.0) -> dict[str, Tensor]:
@@ -98,19 +98,19 @@ def of_peft(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def judge(
-    found: dict[str, Tensor], want: dict[str, Tensor], theirs: dict[str, Tensor] | None = None
+    results: dict[str, Tensor], want: dict[str, Tensor], theirs: dict[str, Tensor] | None = None
 ) -> None:
     """Every error is at most SLACK times PEFT's own, beside what rounding makes of the largest
     value: some last places, and those of a float32 sum of as many terms as the longest has.
     """
     terms = max(n for value in want.values() for n in value.shape)
     for name, value in want.items():
-        got = found[name]
+        got = results[name]
         assert got.isfinite().all(), name
         rounding = PLACES * torch.finfo(got.dtype).eps + math.sqrt(terms) * EPS
         error = (got.double() - value).abs().max().item()
-        own = 0.0 if theirs is None else (theirs[name].double() - value).abs().max().item()
-        allowed = SLACK * own + rounding * value.abs().max().item()
+        theirs_error = 0.0 if theirs is None else (theirs[name].double() - value).abs().max().item()
+        allowed = SLACK * theirs_error + rounding * value.abs().max().item()
         assert error <= allowed, f"{name}: {error:.3g} off, {allowed:.3g} allowed"
 
 
@@ -168,10 +168,10 @@ def check_compiled(
     torch._dynamo.reset()
     y = torch.compile(layer, backend=compiler, fullgraph=True)(tensors)
     leaves = [given[name] for name in ("x", "lora_a", "lora_b")]
-    found = [y, *torch.autograd.grad(y, leaves, given["dy"])]
+    results = [y, *torch.autograd.grad(y, leaves, given["dy"])]
     kept = mask(given, p, 5) if p else 1.0
     names = ("y", "x", "lora_a", "lora_b")
-    judge(dict(zip(names, (t.detach() for t in found), strict=True)), exact(given, kept))
+    judge(dict(zip(names, (t.detach() for t in results), strict=True)), exact(given, kept))
 
 
 @contextmanager
@@ -190,16 +190,16 @@ def losses(
     handle = peft_lite.attach(model, method)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = ClippedAdamW(trained, lr=1e-3)
-    found = []
+    losses = []
     with forced(route):
         for batch in batches:
             loss = language_model_loss(model, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            found.append(loss.detach())
+            losses.append(loss.detach())
     handle.detach()
-    return torch.stack(found).tolist()
+    return torch.stack(losses).tolist()
 
 
 def check_same_losses(

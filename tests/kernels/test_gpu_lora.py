@@ -110,17 +110,17 @@ def test_a_cuda_graph_replays_and_drops_anew(p: float, backend: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = step()
-    found = []
+    results = []
     for i in range(2):
         with torch.no_grad():  # a graph reads what its inputs hold when it is replayed
             given["x"].copy_(checks.inputs((512, 256, 320, 8), torch.bfloat16, "cuda", i)["x"])
         graph.replay()
-        found.append([t.clone() for t in held])
+        results.append([t.clone() for t in held])
         if p == 0:
             names = ("y", "x", "lora_a", "lora_b")
-            checks.judge(dict(zip(names, found[-1], strict=True)), checks.exact(given))
+            checks.judge(dict(zip(names, results[-1], strict=True)), checks.exact(given))
     graph.replay()  # the same x as before
-    again = [torch.equal(a, b) for a, b in zip(held, found[-1], strict=True)]
+    again = [torch.equal(a, b) for a, b in zip(held, results[-1], strict=True)]
     assert all(again) if p == 0 else not any(again)
 
 

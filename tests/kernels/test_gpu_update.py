@@ -99,8 +99,8 @@ def test_a_step_is_two_launches_and_nothing_else(kind: type) -> None:
         optimizer.step()
         torch.cuda.synchronize()
     on_gpu = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    found = [name for name in on_gpu if not name.startswith("Optimizer.")]  # torch's own label
-    assert len(found) == 2, found
+    kernels = [name for name in on_gpu if not name.startswith("Optimizer.")]  # torch's own label
+    assert len(kernels) == 2, kernels
 
 
 def test_a_captured_step_counts_and_follows_the_settings() -> None:
@@ -262,13 +262,13 @@ def test_dtypes_and_layouts_side_by_side_take_torchs_way(kind: type) -> None:
         nn.Parameter(torch.stack([start, start], -1)[..., 0]),
     ]
     theirs = [nn.Parameter(p.detach().double().contiguous()) for p in ours]
-    one, other = (kind(params, lr=0.1, max_norm=1.0) for params in (ours, theirs))
+    ours_clipped, other = (kind(params, lr=0.1, max_norm=1.0) for params in (ours, theirs))
     for _ in range(3):
         g = torch.randn(8, 12, device="cuda")
         for p, q in zip(ours, theirs, strict=True):
             p.grad = g.to(p.dtype)
             q.grad = p.grad.double()
-        torch.testing.assert_close(one.step().double(), other.step(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(ours_clipped.step().double(), other.step(), rtol=1e-5, atol=0)
     for p, q in zip(ours, theirs, strict=True):
         limit = 3 * torch.finfo(p.dtype).eps * (q.abs().max().item() + 0.4) + 3e-6
         assert (p.double() - q).abs().max().item() <= limit

@@ -126,9 +126,9 @@ def test_what_is_kept_for_the_backward_pass_is_x_its_image_under_a_and_a_bit_mas
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
         lora_linear(**given, scaling=1.0, dropout_p=p)
     parameters = {t.data_ptr() for name, t in given.items() if name != "x"}
-    own = {t.data_ptr(): t for t in kept if t.data_ptr() not in parameters}
+    saved = {t.data_ptr(): t for t in kept if t.data_ptr() not in parameters}
     bits = 64 * 40 // 8 if p else 0
-    assert sum(t.nbytes for t in own.values()) == 4 * (64 * 40 + 64 * 3) + bits
+    assert sum(t.nbytes for t in saved.values()) == 4 * (64 * 40 + 64 * 3) + bits
 
 
 def test_it_follows_autocast() -> None:
@@ -153,12 +153,12 @@ def test_strides_and_leading_shapes_do_not_matter() -> None:
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    found = []
+    results = []
     for _ in range(2):
         given = trained(inputs(64, 40, 24, 3, torch.float32), "x", "lora_a", "lora_b")
         lora_linear(**given, scaling=1.7, dropout_p=0.2, seed=5).sin().sum().backward()
-        found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 ODD = [(6, 13, 9, 4), (33, 70, 131, 7), (1, 64, 16, 1), (0, 5, 6, 2), (600, 19, 35, 17)]
@@ -234,13 +234,13 @@ def test_triton_takes_any_strides(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "fused"])
 def test_triton_gives_the_same_bits_twice_and_others_for_another_seed(backend: str) -> None:
-    found = []
+    results = []
     for seed in (5, 5, 6):
         given = trained(inputs(70, 40, 24, 3, torch.float32), "x", "lora_a", "lora_b")
         y = lora_linear(**given, scaling=1.7, dropout_p=0.2, seed=seed, backend=backend)
         y.sin().sum().backward()
-        found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
-    first, second, third = found
+        results.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
+    first, second, third = results
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, third, strict=True))
 
@@ -271,7 +271,7 @@ def test_a_compiled_graph_is_whole_and_computes_the_same(
 ) -> None:
     # torch 2.11 cannot trace a search for packages
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: pytest.fail("searched"))
-    found = []
+    results = []
     for compiled in (False, True):
         given = trained(inputs(24, 13, 9, 4, torch.float32), "x", "bias", "lora_a", "lora_b")
 
@@ -281,8 +281,8 @@ def test_a_compiled_graph_is_whole_and_computes_the_same(
         torch.manual_seed(0)
         run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
         run(given).backward()
-        found.append([given[n].grad for n in ("x", "bias", "lora_a", "lora_b")])
-    for eager, compiled_ in zip(*found, strict=True):
+        results.append([given[n].grad for n in ("x", "bias", "lora_a", "lora_b")])
+    for eager, compiled_ in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled_)
 
 
@@ -367,14 +367,14 @@ def test_tensors_of_other_dtypes_are_multiplied_in_that_of_x(backend: str, p: fl
 
 @pytest.mark.parametrize("backend", ROUTES)
 def test_a_backward_pass_inside_autocast_keeps_the_dtype_of_the_forward_pass(backend: str) -> None:
-    found = []
+    results = []
     for inside in (False, True):
         given = trained(inputs(6, 13, 9, 4, torch.float32), "x", "lora_a", "lora_b")
         y = lora_linear(**given, scaling=1.7, backend=backend)
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             y.backward(torch.ones_like(y))
-        found.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([given[n].grad for n in ("x", "lora_a", "lora_b")])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_mask_does_not_depend_on_the_route() -> None:

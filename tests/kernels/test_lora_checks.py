@@ -47,10 +47,10 @@ def test_training() -> None:
 
 def test_a_wrong_result_is_not_let_through() -> None:
     given = checks.inputs((37, 48, 33, 5), torch.float32, "cpu")
-    found, want, theirs = checks.ours(given, "torch"), checks.exact(given), checks.of_peft(given)
-    checks.judge(found, want, theirs)
+    results, want, theirs = checks.ours(given, "torch"), checks.exact(given), checks.of_peft(given)
+    checks.judge(results, want, theirs)
     for name in want:
-        wrong = {**found, name: found[name] * (1 + 2e-5)}
+        wrong = {**results, name: results[name] * (1 + 2e-5)}
         with pytest.raises(AssertionError, match=f"^{name}: "):
             checks.judge(wrong, want, theirs)
         with pytest.raises(AssertionError, match=f"^{name}: "):

@@ -81,13 +81,13 @@ def test_a_norm_that_is_not_finite_changes_nothing(backend: str, kind: type, bad
 def test_halves_on_two_processes_are_a_step_on_one(backend: str, kind: type) -> None:
     whole = parameters()
     parts = twins(whole)
-    one = kind(whole, lr=1e-2, max_norm=0.5, backend=backend)
+    optimizer = kind(whole, lr=1e-2, max_norm=0.5, backend=backend)
     first, second = (
         kind(some, lr=1e-2, max_norm=0.5, backend=backend) for some in (parts[:3], parts[3:])
     )
     for step in range(3):
         set_grads(step, whole, parts)
-        norm = one.step()
+        norm = optimizer.step()
         total = first.sum_of_squares() + second.sum_of_squares()
         for half in (first, second):
             torch.testing.assert_close(half.update(total), norm)
@@ -228,11 +228,11 @@ def test_a_gradient_of_any_layout_at_the_same_address_is_found(
 ) -> None:
     p = nn.Parameter(torch.ones(4, 6))
     q = nn.Parameter(torch.ones(4, 6))
-    one, other = (kind([x], lr=0.1, max_norm=0.5, backend=backend) for x in (p, q))
+    clipped, other = (kind([x], lr=0.1, max_norm=0.5, backend=backend) for x in (p, q))
     view = strange(layout)[0]
     for g in (torch.as_strided(view, (4, 6), (6, 1)), view):
         p.grad, q.grad = g, g.clone(memory_format=torch.contiguous_format)
-        one.step()
+        clipped.step()
         other.step()
         assert torch.equal(p, q)
 
@@ -242,7 +242,7 @@ def test_half_precision_lives_beside_single(kind: type) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
     ours = [nn.Parameter(p.detach().to(t)) for t in dtypes for p in parameters([(7, 5), (9001,)])]
     theirs = [nn.Parameter(p.detach().double()) for p in ours]
-    one = kind(ours, lr=0.1, max_norm=100)
+    clipped = kind(ours, lr=0.1, max_norm=100)
     other = kind(theirs, lr=0.1, max_norm=100)
     before = [p.detach().clone() for p in ours]
     for step in range(3):
@@ -250,7 +250,7 @@ def test_half_precision_lives_beside_single(kind: type) -> None:
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn(p.shape, generator=random).to(p.dtype)
             q.grad = p.grad.double()
-        torch.testing.assert_close(one.step().double(), other.step(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(clipped.step().double(), other.step(), rtol=1e-5, atol=0)
     for p, q, x in zip(ours, theirs, before, strict=True):
         assert not torch.equal(p, x)
         # each of three steps rounds theta, and the moments that move it by about lr

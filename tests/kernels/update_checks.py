@@ -172,8 +172,8 @@ def a_step_of_sgd_is_the_closed_form(
     before = [p.detach().double() for p in params]
     set_grads(0, params, size=size)
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in params))
-    found = ClippedSGD(params, lr=0.3, max_norm=c, backend=backend).step()
-    assert found.item() == pytest.approx(norm, rel=1e-6)
+    total = ClippedSGD(params, lr=0.3, max_norm=c, backend=backend).step()
+    assert total.item() == pytest.approx(norm, rel=1e-6)
     factor = 0.3 / max(1.0, norm / c)
     moved = 0.0
     for p, x in zip(params, before, strict=True):

@@ -170,12 +170,12 @@ def test_gradients_are_those_of_the_terms(base: str) -> None:
     layer: Any = model[0]
     shake(layer)
     model(X).sin().sum().backward()
-    found = layer.lora_a.grad, layer.lora_b.grad
+    gradients = layer.lora_a.grad, layer.lora_b.grad
     y = layer.base(X) + update(layer)
     expected = torch.autograd.grad(y.sin().sum(), (layer.lora_a, layer.lora_b))
     # the factors of a packed layer are float32, and so are their gradients
     tolerance = 2000 * torch.finfo(layer.lora_a.dtype).eps
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradients, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

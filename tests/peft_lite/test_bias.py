@@ -83,10 +83,12 @@ def test_gradients_are_those_of_the_biases_of_the_twin_and_nothing_else(
     output(theirs, tokens()).backward(dy)
     wanted = {n: p.grad for n, p in theirs.named_parameters() if n.endswith("bias")}
     largest = max(g.abs().max().item() for g in wanted.values())
-    found = {ours.names.to_hf(n): p.grad for n, p in ours.named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys()
+    gradients = {
+        ours.names.to_hf(n): p.grad for n, p in ours.named_parameters() if p.grad is not None
+    }
+    assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():  # the softmax does not feel a bias of the keys
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * largest)
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_activation_checkpoints_leave_the_gradients_as_they_are(tmp_path: Path) -> None:
@@ -125,11 +127,11 @@ def test_counts_at_the_published_sizes(kind: str, patterns: Any, count: int) -> 
         model: nn.Module = minigpt.GPTNeo(minigpt.GPTNeoConfig())
         if kind == "bert":
             model = minigpt.Bert(minigpt.BertConfig(), "classification", 2)
-        found = peft_lite.attach(model, BiasConfig(patterns)).report()
+        counts = peft_lite.attach(model, BiasConfig(patterns)).report()
     total = {"gpt-neo": 125_198_592, "bert": 109_483_778}[kind]
-    assert (found.trainable, found.total) == (count, total)
-    assert (found.trainable_bytes, found.total_bytes) == (4 * count, 4 * total)
-    assert found.share == pytest.approx(100 * count / total)
+    assert (counts.trainable, counts.total) == (count, total)
+    assert (counts.trainable_bytes, counts.total_bytes) == (4 * count, 4 * total)
+    assert counts.share == pytest.approx(100 * count / total)
     if patterns is None:
         assert count == {"gpt-neo": 74_496, "bert": 102_914}[kind]
 

@@ -136,11 +136,11 @@ def test_the_jacobian_is_the_identity_and_a_matrix_of_rank_r(sigma: str) -> None
     adapter.base.bias.data.zero_()
     x = random(9, seed=1)
     down, c, up, _ = numbers(adapter)
-    own = adapter_jacobian(x, down, c, up, sigma)
-    assert 0 < np.linalg.matrix_rank(own) <= 4
-    found = torch.autograd.functional.jacobian(model, x)
-    assert isinstance(found, Tensor)
-    close(found, np.eye(9) + own)
+    change = adapter_jacobian(x, down, c, up, sigma)
+    assert 0 < np.linalg.matrix_rank(change) <= 4
+    jacobian = torch.autograd.functional.jacobian(model, x)
+    assert isinstance(jacobian, Tensor)
+    close(jacobian, np.eye(9) + change)
 
 
 @any_placement
@@ -256,21 +256,21 @@ def test_activation_checkpoints_leave_the_gradients_as_they_are(
 def test_count_at_the_size_of_gpt_neo_125m(placement: str) -> None:
     with torch.device("meta"):
         model = minigpt.GPTNeo(minigpt.GPTNeoConfig())
-        found = peft_lite.attach(model, BottleneckConfig(placement, 64)).report()
+        counts = peft_lite.attach(model, BottleneckConfig(placement, 64)).report()
     added = 12 * PLACEMENTS[placement] * adapter_count(768, 64)
     assert adapter_count(768, 64) == 99_136
-    assert (found.trainable, found.total) == (added, 125_198_592 + added)
-    assert found.trainable_bytes == 4 * added
-    assert found.share == pytest.approx(100 * added / (125_198_592 + added))
+    assert (counts.trainable, counts.total) == (added, 125_198_592 + added)
+    assert counts.trainable_bytes == 4 * added
+    assert counts.share == pytest.approx(100 * added / (125_198_592 + added))
 
 
 @any_placement
 def test_count_at_the_size_of_bert_base(placement: str) -> None:
     with torch.device("meta"):
         model = minigpt.Bert(minigpt.BertConfig(), "classification", 2)
-        found = peft_lite.attach(model, BottleneckConfig(placement, 48)).report()
+        counts = peft_lite.attach(model, BottleneckConfig(placement, 48)).report()
     added = 12 * PLACEMENTS[placement] * (2 * 768 * 48 + 48 + 768)
-    assert (found.trainable, found.total) == (added, 109_483_778 + added)
+    assert (counts.trainable, counts.total) == (added, 109_483_778 + added)
 
 
 def test_adapters_are_float32_under_a_bf16_part() -> None:

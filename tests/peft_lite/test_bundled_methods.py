@@ -71,10 +71,10 @@ def test_the_heldout_loss_falls_and_nothing_else_moves(
     model = minigpt.load("bundled")
     windows = list(consecutive_windows(heldout, LENGTH, BATCH))[:8]
     torch.manual_seed(0)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     handle = peft_lite.attach(model, config)
     chosen = {id(p) for p in handle.methods["default"].trained()}
-    frozen = {n: p.detach().clone() for n, p in own.items() if id(p) not in chosen}
+    frozen = {n: p.detach().clone() for n, p in parameters.items() if id(p) not in chosen}
     before = evaluate(model, language_model_loss, windows)
     train(
         model,
@@ -85,8 +85,8 @@ def test_the_heldout_loss_falls_and_nothing_else_moves(
     after = evaluate(model, language_model_loss, windows)
     print(f"{method}: {before:.3f} -> {after:.3f}")
     assert after < before - 0.04
-    assert all(torch.equal(own[n], p) for n, p in frozen.items())
+    assert all(torch.equal(parameters[n], p) for n, p in frozen.items())
     if method != "freezing":
         base = minigpt.load("bundled")
         handle.detach()
-        assert all(torch.equal(p, own[n]) for n, p in base.named_parameters())
+        assert all(torch.equal(p, parameters[n]) for n, p in base.named_parameters())

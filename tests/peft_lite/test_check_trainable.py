@@ -45,7 +45,7 @@ class Everything:
 
 def checked(model: nn.Module, batch: Any, loss: Any = None) -> peft_lite.Trainability:
     """Twice, with and without gradients and in either mode, always with the same result."""
-    found = []
+    checks = []
     for training in (False, True):
         model.train(training)
         model.zero_grad()
@@ -53,11 +53,11 @@ def checked(model: nn.Module, batch: Any, loss: Any = None) -> peft_lite.Trainab
             for p in trained(model).values():
                 p.grad = torch.full_like(p, 3.0)
         before = Everything(model)
-        found.append(check_trainable(model, batch, loss))
+        checks.append(check_trainable(model, batch, loss))
         assert before.unchanged(model)
-    assert found[0].faults.keys() == found[1].faults.keys()
-    assert found[0].ok == found[1].ok
-    return found[0]
+    assert checks[0].faults.keys() == checks[1].faults.keys()
+    assert checks[0].ok == checks[1].ok
+    return checks[0]
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES, ids=map(" - ".join, CASES))
@@ -69,11 +69,11 @@ def test_every_method_is_well(kind: str, method: str, shaken: bool) -> None:
     names = set(trained(model))
     if shaken:
         shake(trained(model).values())
-    found = checked(model, inputs(kind))
-    assert found.ok, str(found)
-    assert {*found.gradients, *found.waiting} == names
-    assert not shaken or not found.waiting
-    assert all(0 < norm < float("inf") for norm in found.gradients.values())
+    check = checked(model, inputs(kind))
+    assert check.ok, str(check)
+    assert {*check.gradients, *check.waiting} == names
+    assert not shaken or not check.waiting
+    assert all(0 < norm < float("inf") for norm in check.gradients.values())
 
 
 def test_gradients_are_those_of_the_loss() -> None:
@@ -84,9 +84,9 @@ def test_gradients_are_those_of_the_loss() -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch).sin().square().mean()
 
-    found = check_trainable(model, x, loss)
+    check = check_trainable(model, x, loss)
     loss(model, x).backward()
-    assert found.gradients == {
+    assert check.gradients == {
         n: pytest.approx(p.grad.norm().item(), rel=1e-5) for n, p in trained(model).items()
     }
 
@@ -94,13 +94,13 @@ def test_gradients_are_those_of_the_loss() -> None:
 def test_a_waits_for_b_at_the_start_of_a_lora() -> None:
     model = fresh("gpt-neo")
     peft_lite.attach(model, LoraConfig(["query", "mlp.up"], r=3))
-    found = check_trainable(model, {"input_ids": tokens()})
-    assert found.ok
-    assert {n.rsplit(".", 1)[1] for n in found.waiting} == {"lora_a"}
-    assert {n.rsplit(".", 1)[1] for n in found.gradients} == {"lora_b"}
-    assert len(found.waiting) == len(found.gradients) == 4
-    assert "4 trainable tensors get" in str(found)
-    assert "4 have a zero gradient only because" in str(found)
+    check = check_trainable(model, {"input_ids": tokens()})
+    assert check.ok
+    assert {n.rsplit(".", 1)[1] for n in check.waiting} == {"lora_a"}
+    assert {n.rsplit(".", 1)[1] for n in check.gradients} == {"lora_b"}
+    assert len(check.waiting) == len(check.gradients) == 4
+    assert "4 trainable tensors get" in str(check)
+    assert "4 have a zero gradient only because" in str(check)
 
 
 class Spare(Plain):
@@ -175,15 +175,15 @@ def test_faults_are_found_and_named(
     model = build()
     peft_lite.attach(model, METHODS[method])
     shake(trained(model).values())
-    found = checked(model, inputs("plain"))
+    check = checked(model, inputs("plain"))
     expected = {n for n in trained(model) if n.startswith(where)}
-    assert found.faults.keys() == expected
-    assert all(reason in fault for fault in found.faults.values())
-    assert found.ok is (not expected)
-    assert found.gradients.keys() == set(trained(model)) - found.faults.keys()
-    assert not found.moved
-    for name in found.faults:
-        assert f"{name}: {reason}" in str(found)
+    assert check.faults.keys() == expected
+    assert all(reason in fault for fault in check.faults.values())
+    assert check.ok is (not expected)
+    assert check.gradients.keys() == set(trained(model)) - check.faults.keys()
+    assert not check.moved
+    for name in check.faults:
+        assert f"{name}: {reason}" in str(check)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
@@ -200,11 +200,11 @@ def test_a_frozen_tensor_that_shares_memory_with_a_trained_one_is_found() -> Non
     model = Spare()
     peft_lite.attach(model, LoraConfig(["inner.2", "out"], r=4))
     model.spare.weight.data = model.out.lora_a.data  # (4, 5) both
-    found = checked(model, inputs("plain"))
-    assert found.moved == ["spare.weight"]
-    assert not found.ok
-    assert not found.faults
-    assert "spare.weight: frozen, but its values changed" in str(found)
+    check = checked(model, inputs("plain"))
+    assert check.moved == ["spare.weight"]
+    assert not check.ok
+    assert not check.faults
+    assert "spare.weight: frozen, but its values changed" in str(check)
 
 
 def test_a_single_dead_tensor_among_many_is_found() -> None:
@@ -213,16 +213,16 @@ def test_a_single_dead_tensor_among_many_is_found() -> None:
     shake(trained(model).values())
     layer: Any = model.blocks[1].attention.value
     layer.register_forward_hook(lambda *args: args[-1].detach())
-    found = checked(model, tokens())
-    assert set(found.faults) == {f"blocks.1.attention.value.{n}" for n in ("lora_a", "lora_b")}
+    check = checked(model, tokens())
+    assert set(check.faults) == {f"blocks.1.attention.value.{n}" for n in ("lora_a", "lora_b")}
 
 
 def test_a_copy_that_nothing_reads_is_found() -> None:
     torch.manual_seed(0)
     model = Spare()
     peft_lite.attach(model, LoraConfig(["out"], r=2, modules_to_save=["spare"]))
-    found = checked(model, inputs("plain"))
-    assert set(found.faults) == {"spare.copy.weight", "spare.copy.bias"}
+    check = checked(model, inputs("plain"))
+    assert set(check.faults) == {"spare.copy.weight", "spare.copy.bias"}
 
 
 def test_what_a_forward_pass_counts_is_put_back() -> None:
@@ -260,6 +260,6 @@ def test_other_dtypes_are_checked_too(dtype: torch.dtype) -> None:
     model = fresh("gpt-neo").to(dtype)
     peft_lite.attach(model, DoraConfig(["query", "mlp.up"], r=3))
     shake(trained(model).values())
-    found = checked(model, tokens())
-    assert found.ok
-    assert len(found.gradients) == 12
+    check = checked(model, tokens())
+    assert check.ok
+    assert len(check.gradients) == 12

@@ -265,15 +265,15 @@ def test_the_order_of_attaching_changes_nothing(kind: str, what: str) -> None:
 @pytest.mark.parametrize("what", [n for n in TOGETHER if "freezing" not in n])
 def test_each_alone_and_all_together_compute_different_things(kind: str, what: str) -> None:
     configs = TOGETHER[what]
-    found = []
+    outputs = []
     for chosen in ([], *([name] for name in configs), list(configs)):
         model = fresh(kind)
         handle = put(model, configs)
         for name in configs:
             if name not in chosen:
                 handle.detach(name)
-        found.append(of(model, tokens()))
-    for a, b in itertools.combinations(found, 2):
+        outputs.append(of(model, tokens()))
+    for a, b in itertools.combinations(outputs, 2):
         assert (a - b).abs().max() > 1e-3
 
 
@@ -285,8 +285,8 @@ def test_all_of_them_train_and_detach_restores_the_model(kind: str, what: str) -
     before, base = Picture(model), of(model, tokens())
     for name, config in configs.items():
         handle = peft_lite.attach(model, config, name)
-    own = {name: handle.methods[name].trained() for name in configs}
-    ids = [id(p) for parameters in own.values() for p in parameters]
+    tuned = {name: handle.methods[name].trained() for name in configs}
+    ids = [id(p) for parameters in tuned.values() for p in parameters]
     assert len(ids) == len(set(ids))
     assert {id(p) for p in trained(model).values()} == set(ids)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -338,8 +338,8 @@ def test_a_lora_within_a_parallel_adapter_is_the_sum_of_both(kind: str) -> None:
     adapter = [t for n, t in handle.state("parallel").items() if "1" in n.split("adapter")[0]]
     down, down_bias, up, up_bias = adapter
     expected = mlp(x) + F.linear(F.relu(F.linear(x, down, down_bias)), up, up_bias)
-    found = model.blocks[1].mlp(x)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    output = model.blocks[1].mlp(x)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_prompt_and_lora_of_the_token_table_leave_the_vectors_of_the_prompt_alone() -> None:

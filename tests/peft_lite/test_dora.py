@@ -107,14 +107,16 @@ def test_gradients_are_the_closed_form(dtype: torch.dtype, bias: bool, detach_no
 
 
 def test_the_two_ways_to_differentiate_differ_in_a_and_b_alone() -> None:
-    found = []
+    results = []
     for detach_norm in (True, False):
         model, _, dora = layer(detach_norm=detach_norm)
         x = random(6, 13, seed=1).requires_grad_(True)
         y = model(x)
         y.backward(random(6, 9, seed=2))
-        found.append((y.detach(), x.grad, dora.magnitude.grad, dora.lora_a.grad, dora.lora_b.grad))
-    same = [torch.equal(p, q) for p, q in zip(*found, strict=True)]
+        results.append(
+            (y.detach(), x.grad, dora.magnitude.grad, dora.lora_a.grad, dora.lora_b.grad)
+        )
+    same = [torch.equal(p, q) for p, q in zip(*results, strict=True)]
     assert same == [True, True, True, False, False]
 
 
@@ -314,10 +316,10 @@ def test_count_at_the_size_of_gpt_neo_125m() -> None:
     shapes = [(768, 768)] * 24 + [(3072, 768)] * 12 + [(768, 2048)]
     added = dora_count(8, shapes)
     assert added == 8 * (24 * 1536 + 12 * 3840 + 2816) + 24 * 768 + 12 * 3072 + 768
-    found = handle.report()
-    assert (found.trainable, found.total) == (added, 125_198_592 + added)
-    assert found.trainable_bytes == 4 * added
-    assert found.share == pytest.approx(100 * added / (125_198_592 + added))
+    counts = handle.report()
+    assert (counts.trainable, counts.total) == (added, 125_198_592 + added)
+    assert counts.trainable_bytes == 4 * added
+    assert counts.share == pytest.approx(100 * added / (125_198_592 + added))
 
 
 def test_only_its_own_tensors_train_and_the_base_stays_to_the_bit() -> None:

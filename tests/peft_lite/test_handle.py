@@ -71,7 +71,7 @@ def test_detach_restores_the_model_after_training(kind: str, method: str) -> Non
     for i, module in enumerate(model.modules()):
         module.training = i % 3 == 0
     before, attributes, base = Picture(model), set(vars(model)), of(model, x)
-    own = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     handle = peft_lite.attach(model, TABLES[kind][method])
     assert Picture(model) != before
     steps(model, kind)
@@ -82,10 +82,12 @@ def test_detach_restores_the_model_after_training(kind: str, method: str) -> Non
     assert last.requires_grad
     assert set(vars(model)) == attributes
     if method == "freezing":
-        moved = {n for n, p in own.items() if not torch.equal(p, before.values[n])}
-        assert moved == {n for n in own if trains_in_place(kind, method, checkpoint_name(model, n))}
+        moved = {n for n, p in parameters.items() if not torch.equal(p, before.values[n])}
+        assert moved == {
+            n for n in parameters if trains_in_place(kind, method, checkpoint_name(model, n))
+        }
         for name in moved:
-            own[name].data.copy_(before.values[name])
+            parameters[name].data.copy_(before.values[name])
     assert Picture(model) == before
     assert torch.equal(of(model, x), base)
 
@@ -265,15 +267,15 @@ def test_the_method_moves_to_another_dtype_with_its_model(
     tuned = of(model, x)
     model.to(dtype)
     x = x if x.dtype == torch.long else x.to(dtype)
-    found = of(model, x)
-    assert found.dtype == dtype
+    output = of(model, x)
+    assert output.dtype == dtype
     limit = 1e-5 if dtype == torch.float64 else 0.1
-    assert distance(found, tuned) < limit
+    assert distance(output, tuned) < limit
     if mergeable(method):
         handle.merge()
-        assert distance(of(model, x), found) < limit
+        assert distance(of(model, x), output) < limit
         handle.unmerge()
-    assert torch.equal(of(model, x), found)
+    assert torch.equal(of(model, x), output)
     if method != "freezing":
         with handle.enabled(False):
             assert torch.equal(of(model, x), of(expected, x))

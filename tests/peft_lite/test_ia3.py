@@ -149,18 +149,18 @@ def test_model_equals_its_twin_with_dense_weights(kind: str, tmp_path: Path) -> 
 def test_count_at_the_size_of_gpt_neo_125m() -> None:
     with torch.device("meta"):
         handle = peft_lite.attach(minigpt.GPTNeo(minigpt.GPTNeoConfig()), PAPER)
-    found = handle.report()
+    counts = handle.report()
     added = 12 * (768 + 768 + 3072)
-    assert (found.trainable, found.total) == (added, 125_198_592 + added)
-    assert (found.trainable, found.trainable_bytes) == (55_296, 4 * 55_296)
-    assert found.share == pytest.approx(100 * 55_296 / 125_253_888)
+    assert (counts.trainable, counts.total) == (added, 125_198_592 + added)
+    assert (counts.trainable, counts.trainable_bytes) == (55_296, 4 * 55_296)
+    assert counts.share == pytest.approx(100 * 55_296 / 125_253_888)
 
 
 def test_count_at_the_size_of_bert_base() -> None:
     with torch.device("meta"):
         handle = peft_lite.attach(minigpt.Bert(minigpt.BertConfig(), "classification", 2), PAPER)
-    found = handle.report()
-    assert (found.trainable, found.total) == (55_296, 109_483_778 + 55_296)
+    counts = handle.report()
+    assert (counts.trainable, counts.total) == (55_296, 109_483_778 + 55_296)
 
 
 def test_scales_are_float32_under_a_bf16_layer() -> None:

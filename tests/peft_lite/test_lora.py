@@ -91,8 +91,8 @@ def test_layer_gradients_are_the_closed_form(bias: bool, rslora: bool) -> None:
     model(x).backward(dy)
     w, _, a, b = numbers(lora)
     expected = lora_gradients(x.detach(), dy, w, a, b, lora_scale(10, 4, rslora))
-    found = (x.grad, lora.lora_a.grad, lora.lora_b.grad)
-    for got, want in zip(found, expected, strict=True):
+    gradients = (x.grad, lora.lora_a.grad, lora.lora_b.grad)
+    for got, want in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
     assert all(p.grad is None for p in lora.base.parameters())
 
@@ -356,16 +356,16 @@ def test_patterns_set_rank_and_alpha_by_the_end_of_a_name(tmp_path: Path) -> Non
             alpha_pattern={r"blocks\.0\.attention\.\w+": 11, "v_proj": 13},
         ),
     )
-    found = {
+    scales = {
         n: (len(m.lora_a), m.alpha, m.scaling)
         for n, m in handle.methods["default"].wrappers.items()
     }
-    assert found["blocks.1.attention.query"] == (7, 3, 3 / 7)  # the first key that matches counts
-    assert found["blocks.0.attention.query"] == (5, 11, 11 / 5)
-    assert found["blocks.0.attention.value"] == (2, 11, 11 / 2)
-    assert found["blocks.1.attention.value"] == (2, 13, 13 / 2)
-    assert found["blocks.1.mlp.down"] == (6, 3, 3 / 6)
-    assert found["blocks.1.attention.output"] == (2, 3, 3 / 2)
+    assert scales["blocks.1.attention.query"] == (7, 3, 3 / 7)  # the first key that matches counts
+    assert scales["blocks.0.attention.query"] == (5, 11, 11 / 5)
+    assert scales["blocks.0.attention.value"] == (2, 11, 11 / 2)
+    assert scales["blocks.1.attention.value"] == (2, 13, 13 / 2)
+    assert scales["blocks.1.mlp.down"] == (6, 3, 3 / 6)
+    assert scales["blocks.1.attention.output"] == (2, 3, 3 / 2)
 
 
 BAD_CONFIGS = {

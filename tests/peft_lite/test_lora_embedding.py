@@ -134,12 +134,12 @@ def test_model_equals_its_twin_with_dense_tables(
         target.weight.data = torch.tensor(lora_weight(e.T, a, b, 7 / 3).T, dtype=torch.float32)
     after = output(theirs, tokens())
     assert (after - before).abs().max() > 0.05
-    found = output(ours, tokens())
-    close(found, after.detach(), roundings=200)
+    y = output(ours, tokens())
+    close(y, after.detach(), roundings=200)
 
     dy = torch.randn(after.shape, generator=torch.Generator().manual_seed(4))
     after.backward(dy)
-    found.backward(dy)
+    y.backward(dy)
     for name, lora in wrappers.items():
         de = theirs.get_submodule(ours.names.to_hf(name)).weight.grad
         _, a, b = numbers(lora)
@@ -165,10 +165,10 @@ def test_count_at_the_size_of_gpt_neo_125m() -> None:
         model = minigpt.GPTNeo(minigpt.GPTNeoConfig())
         handle = peft_lite.attach(model, LoraConfig(["wte", "wpe"], r=8))
     added = lora_count(8, [(768, 50257), (768, 2048)])
-    found = handle.report()
+    counts = handle.report()
     assert added == 8 * (50257 + 768 + 2048 + 768)
-    assert (found.trainable, found.total) == (added, 125_198_592 + added)
-    assert found.share == pytest.approx(100 * added / (125_198_592 + added))
+    assert (counts.trainable, counts.total) == (added, 125_198_592 + added)
+    assert counts.share == pytest.approx(100 * added / (125_198_592 + added))
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=40)

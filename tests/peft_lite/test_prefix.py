@@ -55,7 +55,7 @@ def attach(model: nn.Module, config: PrefixConfig, std: float = 1.0) -> Any:
 # --- one attention ------------------------------------------------------------------------------
 
 
-def one(
+def attached(
     K: int = 5,
     D: int = 12,
     H: int = 3,
@@ -86,7 +86,7 @@ def projected(attention: Attention, x: Tensor, H: int) -> tuple[np.ndarray, ...]
         return tuple(heads(layer(x), H) for layer in layers)
 
 
-def own(handle: Any, layers: int, H: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def prefixes(handle: Any, layers: int, H: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Keys and values (H, K, n) of every layer, by the order of the file: layer, key or value."""
     P = handle.state()["prompt_embeddings"].double()
     K = len(P)
@@ -108,21 +108,21 @@ def causal(T: int) -> np.ndarray:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_is_a_mixture_of_prefix_and_real_keys(dtype: torch.dtype, bias: bool) -> None:
-    attention, handle = one(bias=bias, dtype=dtype)
+    attention, handle = attached(bias=bias, dtype=dtype)
     x = random(2, 7, 12, seed=1, dtype=dtype)
     q, k, v = projected(attention, x, 3)
     everywhere = np.ones((7, 5), dtype=bool)
-    mixed = prefix_attention(q, k, v, causal(7), *own(handle, 1, 3)[0], everywhere, 0.7)
+    mixed = prefix_attention(q, k, v, causal(7), *prefixes(handle, 1, 3)[0], everywhere, 0.7)
     y = attention(x, None, True)
     assert y.dtype == dtype
     close(y, joined(attention, mixed))
 
 
 def test_attention_is_that_over_all_keys_side_by_side() -> None:
-    attention, handle = one()
+    attention, handle = attached()
     x = random(2, 7, 12, seed=1)
     q, k, v = projected(attention, x, 3)
-    (P_k, P_v), shape = own(handle, 1, 3)[0], (2, 3, 5, 4)
+    (P_k, P_v), shape = prefixes(handle, 1, 3)[0], (2, 3, 5, 4)
     k, v = (np.concatenate([np.broadcast_to(p, shape), r], 2) for p, r in ((P_k, k), (P_v, v)))
     y, _ = attention_forward(q, k, v, visible_slots(7, 7, 5, None, counted=False), 0.7)
     close(attention(x, None, True), joined(attention, y))
@@ -131,7 +131,7 @@ def test_attention_is_that_over_all_keys_side_by_side() -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_an_empty_prefix_only_takes_a_share_of_the_weights(is_causal: bool) -> None:
     """Keys and values of zero:  o Z / (Z + K),  Z the sum of exp of the real scores."""
-    attention, handle = one(K=5)
+    attention, handle = attached(K=5)
     handle.state()["prompt_embeddings"].zero_()
     x = random(2, 7, 12, seed=1)
     q, k, v = projected(attention, x, 3)
@@ -142,10 +142,10 @@ def test_an_empty_prefix_only_takes_a_share_of_the_weights(is_causal: bool) -> N
 
 
 def test_gradients_of_the_prefix_are_the_closed_form() -> None:
-    attention, handle = one()
+    attention, handle = attached()
     x, dy = random(2, 7, 12, seed=1), random(2, 7, 12, seed=2)
     q, k, v = projected(attention, x, 3)
-    (P_k, P_v), shape = own(handle, 1, 3)[0], (2, 3, 5, 4)
+    (P_k, P_v), shape = prefixes(handle, 1, 3)[0], (2, 3, 5, 4)
     k, v = (np.concatenate([np.broadcast_to(p, shape), r], 2) for p, r in ((P_k, k), (P_v, v)))
     sees = visible_slots(7, 7, 5, None, counted=False)
     dheads = heads(dy @ attention.output.weight.detach(), 3)
@@ -166,7 +166,7 @@ def test_the_mask_is_that_of_every_query_and_key_one_by_one(
 ) -> None:
     """For T of S queries, as they come with and without a cache."""
     for K, S in itertools.product((1, 4, 7), (T, T + 5)):
-        attention, _ = one(K=K, window=window, form=form)
+        attention, _ = attached(K=K, window=window, form=form)
         prefix: Any = attention.prefix
         k = torch.zeros(1, 3, S, 4, dtype=torch.float64)
         if T in (1, S) and (window is None or window >= S):
@@ -204,13 +204,13 @@ def test_attention_of_any_size_is_the_closed_form(
     seed: int,
 ) -> None:
     B, T, K = sizes
-    attention, handle = one(K, H * n, H, scale, bias, window, form, dtype, seed)
+    attention, handle = attached(K, H * n, H, scale, bias, window, form, dtype, seed)
     assert handle.report().trainable == prefix_count(K, 1, H * n)
     x = random(B, T, H * n, seed=seed, dtype=dtype)
     q, k, v = projected(attention, x, H)
     sees = visible_slots(T, T, K, window, counted=form == "peft")
     real, of_prefix = sees[:, K:], sees[:, :K]
-    mixed = prefix_attention(q, k, v, real, *own(handle, 1, H)[0], of_prefix, scale)
+    mixed = prefix_attention(q, k, v, real, *prefixes(handle, 1, H)[0], of_prefix, scale)
     y = attention(x, torch.from_numpy(real)[None, None], False)
     # roundings of q and k move the scores, which the softmax turns into factors
     scores = scale * np.abs(q).max() * n * max(np.abs(k).max(), 4)
@@ -263,7 +263,7 @@ def test_every_layer_of_a_decoder_is_the_closed_form(
             every = visible_slots(T, T, K, window, counted)
             sees = np.delete(every[left:], range(K, K + left), axis=1)
             mixed = prefix_attention(
-                q, k, v, sees[:, K:], *own(handle, 2, 3)[i], sees[:, :K], attention.scale
+                q, k, v, sees[:, K:], *prefixes(handle, 2, 3)[i], sees[:, :K], attention.scale
             )
             close(y[row : row + 1, left:], joined(attention, mixed), roundings=64)
 
@@ -286,7 +286,9 @@ def test_every_layer_of_an_encoder_is_the_closed_form(form: str, tmp_path: Path)
             close(x, e.norm(embedded).detach())
         q, k, v = projected(attention, x, 3)
         sees = (mask != 0).numpy()[:, None, None, :]
-        mixed = prefix_attention(q, k, v, sees, *own(handle, 2, 3)[i], everything, attention.scale)
+        mixed = prefix_attention(
+            q, k, v, sees, *prefixes(handle, 2, 3)[i], everything, attention.scale
+        )
         close(y, joined(attention, mixed), roundings=64)
 
 
@@ -299,7 +301,7 @@ def test_the_plain_attention_and_the_fast_one_agree(
     handle = attach(model, config)
     mask = torch.ones_like(tokens())
     mask[0, :4] = 0
-    found = []
+    results = []
     for attend in (naive_attention, fast_attention):
         for block in model.blocks:
             block.attention.attend = attend
@@ -307,8 +309,8 @@ def test_the_plain_attention_and_the_fast_one_agree(
         y = model(tokens(), mask if padded else None)
         y[:, 4:].square().mean().backward()
         grads = [p.grad.clone() for p in handle.methods["default"].trained()]
-        found.append([y[:, 4:].detach(), *grads])
-    for naive, fast in zip(*found, strict=True):
+        results.append([y[:, 4:].detach(), *grads])
+    for naive, fast in zip(*results, strict=True):
         assert naive.any()
         close(fast, naive, roundings=64)
 
@@ -466,11 +468,11 @@ def test_gradients_of_the_mlp_follow_from_those_of_the_keys_and_values(tmp_path:
 def test_counts_at_the_size_of_gpt_neo_125m(K: int, count: int, form: str) -> None:
     with torch.device("meta"):
         model = minigpt.GPTNeo(minigpt.GPTNeoConfig())
-        found = peft_lite.attach(model, PrefixConfig(K, form=form)).report()
+        counts = peft_lite.attach(model, PrefixConfig(K, form=form)).report()
     assert count == prefix_count(K, 12, 768)
-    assert (found.trainable, found.total) == (count, 125_198_592 + count)
-    assert found.trainable_bytes == 4 * count
-    assert found.share == pytest.approx(100 * count / (125_198_592 + count))
+    assert (counts.trainable, counts.total) == (count, 125_198_592 + count)
+    assert counts.trainable_bytes == 4 * count
+    assert counts.share == pytest.approx(100 * count / (125_198_592 + count))
 
 
 @pytest.mark.parametrize("inner", [None, 512])
@@ -478,9 +480,9 @@ def test_counts_with_the_mlp_at_the_size_of_bert_base(inner: int | None) -> None
     config = PrefixConfig(20, prefix_projection=True, encoder_hidden_size=inner)
     with torch.device("meta"):
         model = minigpt.Bert(minigpt.BertConfig(), "classification", 2)
-        found = peft_lite.attach(model, config).report()
+        counts = peft_lite.attach(model, config).report()
     count = prefix_mlp_count(20, 12, 768, inner or 768)
-    assert (found.trainable, found.total) == (count, 109_483_778 + count)
+    assert (counts.trainable, counts.total) == (count, 109_483_778 + count)
 
 
 @every_config

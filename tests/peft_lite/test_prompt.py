@@ -82,17 +82,17 @@ def test_output_and_gradient_are_those_of_a_twin_fed_the_vectors(
     plain = output(ours, tokens()).detach()
     _, prompt = attach(ours)
     assert tokens().size(1) > WINDOW
-    own = prompt.detach().clone().requires_grad_(True)
+    leaf = prompt.detach().clone().requires_grad_(True)
     mask = padding(where)
-    expected = real(fed(theirs, own, tokens(), mask), mask)
-    found = real(ours_of(ours, tokens(), mask), mask)
-    assert (found - real(plain, mask)).abs().max() > 1e-3
-    close(found, expected.detach(), roundings=200)
+    expected = real(fed(theirs, leaf, tokens(), mask), mask)
+    y = real(ours_of(ours, tokens(), mask), mask)
+    assert (y - real(plain, mask)).abs().max() > 1e-3
+    close(y, expected.detach(), roundings=200)
     dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4))
     expected.backward(dy)
-    found.backward(dy)
-    assert own.grad is not None
-    close(prompt.grad, own.grad, roundings=500)
+    y.backward(dy)
+    assert leaf.grad is not None
+    close(prompt.grad, leaf.grad, roundings=500)
 
 
 @pytest.mark.parametrize("segments", [0, 1])
@@ -127,7 +127,7 @@ def test_vectors_stand_before_the_tokens_at_positions_from_zero(dtype: torch.dty
 def test_labels_stay_with_their_tokens_in_the_loss(where: str, tmp_path: Path) -> None:
     ours, theirs = pair("gpt-neo", tmp_path)
     _, prompt = attach(ours)
-    own = prompt.detach().clone().requires_grad_(True)
+    leaf = prompt.detach().clone().requires_grad_(True)
     ids, mask = tokens(), padding(where)
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = ids[:, 1:]  # what the state of a token predicts is the token after it
@@ -135,28 +135,28 @@ def test_labels_stay_with_their_tokens_in_the_loss(where: str, tmp_path: Path) -
     if mask is not None:
         labels[mask == 0] = -100
         batch["attention_mask"] = mask
-    wanted = F.cross_entropy(fed(theirs, own, ids, mask).flatten(0, 1), labels.flatten())
+    wanted = F.cross_entropy(fed(theirs, leaf, ids, mask).flatten(0, 1), labels.flatten())
     loss = language_model_loss(ours, batch)
     close(loss, wanted.detach(), roundings=100)
     loss.backward()
     wanted.backward()
-    assert own.grad is not None
-    close(prompt.grad, own.grad, roundings=500)
+    assert leaf.grad is not None
+    close(prompt.grad, leaf.grad, roundings=500)
 
 
 @pytest.mark.parametrize("where", PADDING)
 def test_the_plain_attention_and_the_fast_one_agree(where: str, tmp_path: Path) -> None:
     model, _ = pair("gpt-neo", tmp_path)
     _, prompt = attach(model)
-    found = []
+    results = []
     for attend in (naive_attention, fast_attention):
         for block in model.blocks:
             block.attention.attend = attend
         model.zero_grad()
         y = real(ours_of(model, tokens(), padding(where)), padding(where))
         y.square().mean().backward()
-        found.append((y.detach(), prompt.grad.clone()))
-    for naive, fast in zip(*found, strict=True):
+        results.append((y.detach(), prompt.grad.clone()))
+    for naive, fast in zip(*results, strict=True):
         close(fast, naive, roundings=64)
 
 
@@ -296,12 +296,12 @@ def test_counts_at_the_published_sizes(kind: str, length: int, count: int) -> No
         model: nn.Module = minigpt.GPTNeo(minigpt.GPTNeoConfig())
         if kind == "bert":
             model = minigpt.Bert(minigpt.BertConfig(), "classification", 2)
-        found = peft_lite.attach(model, PromptConfig(length)).report()
+        counts = peft_lite.attach(model, PromptConfig(length)).report()
     total = {"gpt-neo": 125_198_592, "bert": 109_483_778}[kind] + count
     assert count == prompt_count(length, 768)
-    assert (found.trainable, found.total) == (count, total)
-    assert (found.trainable_bytes, found.total_bytes) == (4 * count, 4 * total)
-    assert found.share == pytest.approx(100 * count / total)
+    assert (counts.trainable, counts.total) == (count, total)
+    assert (counts.trainable_bytes, counts.total_bytes) == (4 * count, 4 * total)
+    assert counts.share == pytest.approx(100 * count / total)
 
 
 def test_the_prompt_trains_and_the_base_stays_to_the_bit(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_prompt_equal_to_tokens_is_those_tokens(
     (prompt,) = handle.methods["default"].trained()
     prompt.data.copy_(model.embeddings.token.weight[ids[0, :length]])
     assert handle.report().trainable == prompt_count(length, heads * width)
-    found = model(ids[:, length:])
-    torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-9)
+    output = model(ids[:, length:])
+    torch.testing.assert_close(output.detach(), expected, rtol=1e-9, atol=1e-9)
     masked = model(ids[:, length:], torch.ones(B, T))
     torch.testing.assert_close(masked.detach(), expected, rtol=1e-9, atol=1e-9)

@@ -38,22 +38,22 @@ OWN = ("head.classifier.weight", "head.classifier.bias")
 @every
 def test_the_copy_trains_and_the_models_own_stays_to_the_bit(config: Any) -> None:
     model = fresh("bert")
-    own = model.head.classifier
-    values = {n: p.detach().clone() for n, p in own.named_parameters()}
+    classifier = model.head.classifier
+    values = {n: p.detach().clone() for n, p in classifier.named_parameters()}
     handle = peft_lite.attach(model, config)
-    assert not any(p.requires_grad for p in own.parameters())
+    assert not any(p.requires_grad for p in classifier.parameters())
     copies = [p for p in handle.methods["default"].trained() if p.size(0) == 3 and p.dim() < 3]
-    weight = next(p for p in copies if p.shape == (3, 24) and torch.equal(p, own.weight))
+    weight = next(p for p in copies if p.shape == (3, 24) and torch.equal(p, classifier.weight))
     bias = next(p for p in copies if p.shape == (3,))
-    assert weight is not own.weight
-    assert weight.data_ptr() != own.weight.data_ptr()
+    assert weight is not classifier.weight
+    assert weight.data_ptr() != classifier.weight.data_ptr()
     steps(model, "bert")
-    assert same(values, {n: p.detach() for n, p in own.named_parameters()})
-    assert not torch.equal(weight, own.weight)
-    assert not torch.equal(bias, own.bias)
-    assert own.weight.grad is None
+    assert same(values, {n: p.detach() for n, p in classifier.named_parameters()})
+    assert not torch.equal(weight, classifier.weight)
+    assert not torch.equal(bias, classifier.bias)
+    assert classifier.weight.grad is None
     handle.detach()
-    assert model.head.classifier is own
+    assert model.head.classifier is classifier
 
 
 @every
@@ -77,14 +77,14 @@ def test_the_copy_is_saved_whole_under_the_name_of_its_checkpoint(
     shake(trained(model).values())
     handle.save(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    found = {n: t for n, t in tensors.items() if "classifier" in n}
+    saved = {n: t for n, t in tensors.items() if "classifier" in n}
     whole = (
         "base_model." if isinstance(config, PrefixConfig | PromptConfig) else "base_model.model."
     )
-    assert found.keys() == {f"{whole}classifier.weight", f"{whole}classifier.bias"}
+    assert saved.keys() == {f"{whole}classifier.weight", f"{whole}classifier.bias"}
     copy = {n: p for n, p in model.named_parameters() if n.startswith("head.classifier.copy")}
-    assert {t.shape for t in found.values()} == {(3, 24), (3,)}
-    assert all(any(torch.equal(t, p) for p in copy.values()) for t in found.values())
+    assert {t.shape for t in saved.values()} == {(3, 24), (3,)}
+    assert all(any(torch.equal(t, p) for p in copy.values()) for t in saved.values())
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     assert raw["modules_to_save"] == ["classifier"]
     other = fresh("bert")
@@ -107,13 +107,13 @@ def test_a_classifier_of_another_number_of_classes_is_refused(config: Any, tmp_p
 def test_fold_keeps_the_copy_in_the_place_of_the_models_own(tmp_path: Path) -> None:
     for name in ("lora", "dora", "ia3", "bias"):
         model = fresh("bert")
-        own = model.head.classifier
+        classifier = model.head.classifier
         handle = peft_lite.attach(model, SAVED[name])
         shake(trained(model).values())
         tuned = of(model, tokens())
         handle.fold()
-        assert type(model.head.classifier) is type(own)
-        assert model.head.classifier is not own
+        assert type(model.head.classifier) is type(classifier)
+        assert model.head.classifier is not classifier
         torch.testing.assert_close(of(model, tokens()), tuned, rtol=0, atol=1e-5)
         minigpt.save(model, tmp_path / name)
         assert same(minigpt.load(tmp_path / name).state_dict(), model.state_dict())
@@ -169,9 +169,9 @@ def test_biases_within_a_copy_train_in_the_copy_only() -> None:
         BiasConfig(modules_to_save=["classifier"]),
     ):
         model = fresh("bert")
-        own = model.head.classifier.bias
+        bias = model.head.classifier.bias
         handle = peft_lite.attach(model, config)
         names = {n for n in handle.state() if "classifier" in n}
         assert len(names) == 2
-        assert not own.requires_grad
+        assert not bias.requires_grad
         assert model.pooler.bias.requires_grad

@@ -7,7 +7,7 @@ import peft
 import pytest
 from torch import nn
 
-from peft_lite.select import hf_name, native_name, select_modules, select_parameters
+from peft_lite.select import hf_name, select_modules, select_parameters
 from tests.peft_lite.peft_models import Plain, pair, twin
 
 # PEFT's advice on the tied head, which it targets all the same
@@ -48,9 +48,9 @@ def targeted_by_peft(model: Any, patterns: Patterns, kind: str) -> set[str]:
 @pytest.mark.parametrize(("kind", "patterns"), CASES)
 def test_targets_are_those_of_peft(kind: str, patterns: Patterns, tmp_path: Path) -> None:
     ours, theirs = pair(kind, tmp_path)
-    found = {hf_name(ours, name) for name in select_modules(ours, patterns)}
-    assert found == targeted_by_peft(theirs, patterns, kind)
-    assert found
+    names = {hf_name(ours, name) for name in select_modules(ours, patterns)}
+    assert names == targeted_by_peft(theirs, patterns, kind)
+    assert names
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_targets_are_those_of_peft(kind: str, patterns: Patterns, tmp_path: Path
 def test_targets_in_a_model_of_transformers_are_those_of_peft(
     kind: str, patterns: Patterns
 ) -> None:
-    found = set(select_modules(twin(kind), patterns))
-    assert found == targeted_by_peft(twin(kind), patterns, kind)
+    names = set(select_modules(twin(kind), patterns))
+    assert names == targeted_by_peft(twin(kind), patterns, kind)
 
 
 @pytest.mark.parametrize("kind", ["gpt-neo", "bert"])
@@ -72,9 +72,9 @@ def test_native_names_mean_the_same_in_every_architecture(
     kind: str, pattern: list[str], per_block: int, tmp_path: Path
 ) -> None:
     ours, _ = pair(kind, tmp_path)
-    found = select_modules(ours, pattern)
-    assert len(found) == 2 * per_block
-    assert all(any(n.endswith(f".{p}") for p in pattern) for n in found)
+    names = select_modules(ours, pattern)
+    assert len(names) == 2 * per_block
+    assert all(any(n.endswith(f".{p}") for p in pattern) for n in names)
 
 
 def test_output_dense_hits_both_layers_of_that_name(tmp_path: Path) -> None:
@@ -164,4 +164,4 @@ def test_names_translate_to_real_ones_and_back(kind: str, tmp_path: Path) -> Non
     assert linear
     for name in linear:
         assert isinstance(real[hf_name(ours, name)], nn.Linear)
-        assert native_name(ours, hf_name(ours, name)) == name
+        assert ours.names.from_hf(hf_name(ours, name)) == name

@@ -208,14 +208,14 @@ def test_a_load_that_fails_leaves_the_first_acting(second: Any, tmp_path: Path) 
 
 def test_a_copy_is_of_the_models_own_module_whatever_acts() -> None:
     model = fresh("bert")
-    own = model.head.classifier.bias.detach().clone()
+    before = model.head.classifier.bias.detach().clone()
     handle = peft_lite.attach(model, LoraConfig(["query"], bias="all"), "a")
     shake(trained(model).values())
-    assert not torch.equal(model.head.classifier.bias, own)
+    assert not torch.equal(model.head.classifier.bias, before)
     peft_lite.attach(model, LoraConfig(["query"], modules_to_save=["classifier"]), "b")
     state = handle.state("b")
     (bias,) = (t for n, t in state.items() if n.endswith("classifier.bias"))
-    assert torch.equal(bias, own)
+    assert torch.equal(bias, before)
 
 
 # --- the weighted sum ---------------------------------------------------------------------------
@@ -295,20 +295,20 @@ def test_the_combination_is_the_weighted_sum(weights: dict[str, float]) -> None:
     for name in base.state_dict():
         p = base.get_parameter(name)
         merged = dict(model.named_parameters(remove_duplicate=False))
-        found = merged.get(name)
-        if found is not None:
-            torch.testing.assert_close(found, p, rtol=1e-12, atol=1e-12)
+        value = merged.get(name)
+        if value is not None:
+            torch.testing.assert_close(value, p, rtol=1e-12, atol=1e-12)
 
 
 def test_the_combination_trains_and_leaves_its_parts_alone() -> None:
     model, handle = summed({"a": 1.0, "b": 1.0})
     parts = {n: {k: t.clone() for k, t in handle.state(n).items()} for n in "abc"}
-    own = {n: t.clone() for n, t in handle.state("sum").items()}
+    state = {n: t.clone() for n, t in handle.state("sum").items()}
     mine = handle.methods["sum"].trained()
     assert {id(p) for p in trained(model).values()} == {id(p) for p in mine}
     steps(model, "gpt-neo")
     assert all(same(handle.state(n), parts[n]) for n in "abc")
-    assert not any(torch.equal(t, own[n]) for n, t in handle.state("sum").items())
+    assert not any(torch.equal(t, state[n]) for n, t in handle.state("sum").items())
 
 
 def test_the_combination_is_saved_loaded_and_opened_by_peft(tmp_path: Path) -> None:
@@ -425,9 +425,9 @@ def test_each_row_runs_as_it_would_alone(kind: str, training: bool, padding: boo
             expected.append(run(slice(i, i + 1)))
     handle.switch("c")
     with handle.rows(NAMES):
-        found = run(slice(None))
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-10, atol=1e-10)
-    assert (found - acting)[:4].abs().amax((1, *range(2, found.dim()))).min() > 1e-3
+        output = run(slice(None))
+    torch.testing.assert_close(output, torch.cat(expected), rtol=1e-10, atol=1e-10)
+    assert (output - acting)[:4].abs().amax((1, *range(2, output.dim()))).min() > 1e-3
     assert handle.active == ["c"]
     assert Picture(model) == attached
     assert torch.equal(run(slice(None)), acting)
@@ -442,12 +442,12 @@ def test_rows_of_vectors_and_of_sequences_of_them() -> None:
     for shape in [(4, 7), (4, 2, 7), (4, 3, 2, 7)]:
         x = torch.randn(shape, dtype=torch.float64)
         with handle.rows(["b", "a", None, "a"]):
-            found = model(x)
+            output = model(x)
         with handle.enabled(False):
-            torch.testing.assert_close(found[2:3], model(x[2:3]))
-        torch.testing.assert_close(found[:1], model(x[:1]))
+            torch.testing.assert_close(output[2:3], model(x[2:3]))
+        torch.testing.assert_close(output[:1], model(x[:1]))
         handle.switch("a")
-        torch.testing.assert_close(found[[1, 3]], model(x[[1, 3]]))
+        torch.testing.assert_close(output[[1, 3]], model(x[[1, 3]]))
         handle.switch("b")
 
 
@@ -459,11 +459,11 @@ def test_rows_of_a_table() -> None:
     shake(trained(model).values(), seed=2)
     x = tokens()
     with handle.rows(["b", None, "a"]):
-        found = of(model, x)
-    torch.testing.assert_close(found[:1], of(model, x[:1]))
+        output = of(model, x)
+    torch.testing.assert_close(output[:1], of(model, x[:1]))
     handle.switch("a")
-    torch.testing.assert_close(found[2:], of(model, x[2:]))
-    torch.testing.assert_close(found[1:2], of(fresh("bert").double(), x[1:2]))
+    torch.testing.assert_close(output[2:], of(model, x[2:]))
+    torch.testing.assert_close(output[1:2], of(fresh("bert").double(), x[1:2]))
 
 
 def test_gradients_of_rows_are_those_of_each_alone() -> None:
@@ -488,9 +488,9 @@ def test_gradients_of_rows_are_those_of_each_alone() -> None:
     with handle.rows(NAMES):
         y = model(x)
     (weights * y).sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    for n, g in found.items():
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for n, g in gradients.items():
         torch.testing.assert_close(g, expected[n], rtol=1e-9, atol=1e-9)
 
 
@@ -508,11 +508,11 @@ def test_rows_under_another_method_leave_it_acting() -> None:
     x = tokens()
     alone = of(model, x)
     with handle.rows(["a", None, "a"]):
-        found = of(model, x)
-    torch.testing.assert_close(found[[0, 2]], alone[[0, 2]])
-    assert (found - alone)[1].abs().max() > 1e-3
+        output = of(model, x)
+    torch.testing.assert_close(output[[0, 2]], alone[[0, 2]])
+    assert (output - alone)[1].abs().max() > 1e-3
     handle.detach("a")
-    torch.testing.assert_close(found[1], of(model, x)[1])
+    torch.testing.assert_close(output[1], of(model, x)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -522,11 +522,11 @@ def test_rows_in_a_lower_precision(dtype: torch.dtype) -> None:
     x = tokens()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         with handle.rows(["a", "b", None]):
-            found = of(model, x)
+            output = of(model, x)
         handle.switch("a")
         alone = of(model, x)
-    assert found.dtype == torch.bfloat16
-    assert (found - alone)[0].norm() < 0.05 * alone[0].norm()
+    assert output.dtype == torch.bfloat16
+    assert (output - alone)[0].norm() < 0.05 * alone[0].norm()
 
 
 def test_a_batch_of_another_size_is_refused_and_all_acts_as_before() -> None:
@@ -592,7 +592,7 @@ def test_a_lora_with_biases_steps_aside_for_rows() -> None:
     shake(trained(model).values(), seed=2)
     before = of(model, x)
     with handle.rows(["a", None, "a"]):
-        found = of(model, x)
-    close(found[[0, 2]], of_a[[0, 2]])
-    close(found[1], of(fresh("gpt-neo"), x)[1])
+        output = of(model, x)
+    close(output[[0, 2]], of_a[[0, 2]])
+    close(output[1], of(fresh("gpt-neo"), x)[1])
     assert torch.equal(of(model, x), before)

@@ -1,5 +1,6 @@
 """The bundled model against counting: what it predicts of held-out text, and what it writes."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minigpt.checkpoints.directory import load
-from minigpt.checkpoints.source import find
+from minigpt.checkpoints.source import BUNDLED, find
 from minigpt.data.text import consecutive_windows, read_text, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
@@ -49,6 +51,13 @@ def texts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     plain = [recipe.plain(read_text(TEXTS / name)) for name in recipe.TEXTS]
     parts = [split_text(text, HELDOUT) for text in plain]
     return tuple(zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_config_names_the_dtype_of_the_file(name: str) -> None:
+    tensors = load_file(BUNDLED[name] / "model.safetensors")
+    named = json.loads((BUNDLED[name] / "config.json").read_text())["torch_dtype"]
+    assert {str(t.dtype) for t in tensors.values()} == {f"torch.{named}"}
 
 
 @needs_texts

@@ -5,6 +5,7 @@ refused by name.
 import json
 import logging
 import pickle
+from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import minigpt
 import peft_lite
-from minigpt import Bert, GPTNeo
+from minigpt import Bert, BertConfig, GPTNeo, GPTNeoConfig
+from minigpt.checkpoints.directory import outline
 from tests.conftest import assert_close, hf_bert, hf_gpt_neo, tokens
 
 IDS = tokens(101, 2, 13)
@@ -262,8 +264,12 @@ def test_missing_shard_is_named(checkpoint, tmp_path):
     [
         ("{", "model.safetensors.index.json"),
         ("{}", "model.safetensors.index.json.*weight_map"),
-        ('{"weight_map": {"a": "../secret.safetensors"}}', "'../secret.safetensors' lies outside"),
-        ('{"weight_map": {"a": 3}}', "model.safetensors.index.json"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', '"../secret.safetensors" lies outside'),
+        ('{"weight_map": {"a": 3}}', "model.safetensors.index.json: weight_map is .* an object"),
+        ('{"weight_map": null}', "weight_map is null, must be an object"),
+        ('{"weight_map": {"a": ""}}', 'shard "" lies outside'),
+        ('{"weight_map": {"a": "\\u001b[31m"}}', r'shard "\\u001b\[31m" lies outside'),
+        ('{"weight_map": {"a": "b", "a": "c"}}', 'the key "a" stands twice'),
     ],
 )
 def test_bad_index_is_an_error(checkpoint, tmp_path, index, message):
@@ -274,10 +280,69 @@ def test_bad_index_is_an_error(checkpoint, tmp_path, index, message):
         minigpt.load(tmp_path)
 
 
+def test_a_tensor_in_two_shards_or_in_none_is_named(checkpoint, tmp_path):
+    checkpoint("BertModel")[0].save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": places | {"lost": places["pooler.dense.bias"]}}))
+    with pytest.raises(ValueError, match=r"index\.json: lost does not lie in model-"):
+        minigpt.load(tmp_path)
+    first, *_, last = sorted(set(places.values()))
+    copied = next(name for name, shard in places.items() if shard == first)
+    tensors = load_file(tmp_path / last)
+    save_file(tensors | {copied: load_file(tmp_path / first)[copied]}, tmp_path / last)
+    with pytest.raises(ValueError, match=f"index.json: {copied} lies in two shards"):
+        minigpt.load(tmp_path)
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 def test_pytorch_model_bin(checkpoint, tmp_path, zipped):
     hf, folder = checkpoint("BertForMaskedLM")
     same_as(hf, as_bin(folder, tmp_path, _use_new_zipfile_serialization=zipped))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80", b".", b"h\x05.", b"X\x01\x00\x00", b"\x80\x02]q\x00h\xff.", b"\x1b[31m", b"(((((."],
+    ids=repr,
+)
+def test_a_few_bytes_are_no_checkpoint(checkpoint, tmp_path, content):
+    """One line, without torch's advice to unpickle anything."""
+    as_bin(checkpoint("BertModel")[1], tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read .*pytorch_model\.bin") as caught:
+        minigpt.load(tmp_path)
+    assert str(caught.value).isprintable()
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["expanded", "sparse", "meta"])
+def test_tensors_that_are_not_plain_are_refused(checkpoint, tmp_path, change):
+    as_bin(checkpoint("BertModel")[1], tmp_path)
+    one = torch.ones(1, 1)
+    tensor = {
+        "expanded": lambda: one.expand(30_000, 30_000),
+        "sparse": lambda: one.to_sparse(),
+        "meta": lambda: torch.empty(30, 30, device="meta"),
+    }[change]()
+    torch.save({"pooler.dense.weight": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: (its tensors take|pooler)"):
+        minigpt.load(tmp_path)
+
+
+def test_views_of_one_storage_become_parameters_of_their_own(checkpoint, tmp_path):
+    """Untied in the config, one in the file: what trains one must not move the other."""
+    folder = as_bin(checkpoint("GPTNeoForCausalLM")[1], tmp_path)
+    tensors = torch.load(folder / "pytorch_model.bin")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    frozen = {n: torch.nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
+    torch.save(frozen, folder / "pytorch_model.bin")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    ours = minigpt.load(folder)
+    assert torch.equal(ours.head.weight, ours.embeddings.token.weight)
+    assert ours.head.weight.data_ptr() != ours.embeddings.token.weight.data_ptr()
+    assert all(p.requires_grad for p in ours.parameters())
 
 
 def test_malicious_pickle_is_refused_unexecuted(checkpoint, tmp_path):
@@ -415,6 +480,26 @@ BROKEN = {
     "tied but different in BERT": ("BertForMaskedLM", put("cls.predictions.decoder.weight",
                                    lambda t: t["bert.embeddings.word_embeddings.weight"] + 1),
                                    "cls.predictions.decoder.weight differs"),
+    "NaN": ("BertModel", put("pooler.dense.bias", lambda t: torch.full((30,), torch.nan)),
+            r"pooler.dense.bias holds what is no finite torch.float32"),
+    "one infinity": ("GPTNeoForCausalLM", put("transformer.ln_f.bias",
+                     lambda t: torch.cat([torch.zeros(29), torch.tensor([-torch.inf])])),
+                     r"transformer.ln_f.bias holds what is no finite"),
+    "beyond float32": ("BertModel", put("pooler.dense.bias",
+                       lambda t: torch.full((30,), 1e39, dtype=torch.float64)),
+                       r"pooler.dense.bias holds what is no finite torch.float32"),
+    "complex": ("BertModel", put("pooler.dense.bias",
+                lambda t: torch.ones(30, dtype=torch.complex64)),
+                r"pooler.dense.bias is torch.complex64, must be one of torch.float32, "),
+    "whole numbers": ("BertModel", put("pooler.dense.bias",
+                      lambda t: torch.ones(30, dtype=torch.int8)),
+                      r"pooler.dense.bias is torch.int8, must be one of"),
+    "escape codes": ("BertModel", put("\x1b[31mred", lambda t: torch.ones(2)),
+                     r"no place: .*\\u001b\[31mred"),
+    "braces": ("BertModel", put("bert.encoder.layer.{}.output.dense.bias",
+               lambda t: torch.ones(30)), "no place"),
+    "no number in a name": ("BertModel", put("bert.encoder.layer.{}.output.dense.bias",
+                            lambda t: torch.ones(30)), r"layer.\{\}.output"),
     "two biases": ("BertForMaskedLM", put("cls.predictions.decoder.bias",
                    lambda t: t["cls.predictions.bias"] + 1),
                    "both cls.predictions.bias"),
@@ -452,7 +537,26 @@ def test_equal_copies_of_tied_tensors_are_accepted(checkpoint, tmp_path):
         ("BertModel", {"add_cross_attention": True}, "add_cross_attention True"),
         ("BertModel", {"hidden_act": "swiglu"}, "hidden_act is 'swiglu'"),
         ("BertModel", {"hidden_size": 32}, "hidden_size 32 is no multiple of num_attention_heads"),
-        ("BertModel", {"hidden_size": "30"}, "config.json"),
+        ("BertModel", {"hidden_size": "30"}, 'config.json: hidden_size is "30", must be a whole'),
+        ("BertModel", {"hidden_size": 30.0}, "hidden_size is 30.0, must be a whole number"),
+        ("BertModel", {"num_attention_heads": True}, "num_attention_heads is true, must be"),
+        ("BertModel", {"hidden_act": 5}, "hidden_act is 5, must be a text"),
+        ("BertModel", {"hidden_act": "\x1b[31m"}, r"hidden_act is '\\x1b\[31m', must be one"),
+        ("BertModel", {"model_type": ["bert"]}, r"model_type \['bert'\] is unknown"),
+        ("BertModel", {"architectures": "BertModel"}, "architectures is .* must be a list or null"),
+        ("BertModel", {"id2label": {"one": "a"}}, "id2label .*: want the numbers of the classes"),
+        ("BertModel", {"id2label": ["a", "b"]}, "id2label is .*, must be an object or null"),
+        ("BertModel", {"layer_norm_eps": -1e-5}, r"layer_norm_eps is -1e-05, must lie in \[0, 1\]"),
+        ("BertModel", {"initializer_range": -1}, "initializer_range is -1, must lie"),
+        ("GPTNeoModel", {"intermediate_size": 0}, "intermediate_size is 0, must lie in"),
+        ("GPTNeoModel", {"attention_types": [[["global"], 10**9]]}, "more than 1,000 layers"),
+        ("GPTNeoModel", {"attention_types": [[[], 10**9], [["local"], 2]]}, "attention_layers"),
+        ("GPTNeoModel", {"attention_layers": ["local", "global"]}, "contradicts attention_types"),
+        (
+            "GPTNeoModel",
+            {"num_attention_heads": 5},
+            "num_attention_heads 5 contradicts num_heads 3",
+        ),
         ("GPTNeoModel", {"attention_types": [[["global"], 1]]}, "attention_layers"),
         ("GPTNeoModel", {"attention_types": [[["banded"], 2]]}, "'banded'"),
         ("GPTNeoModel", {"attention_types": 7}, "config.json"),
@@ -463,6 +567,65 @@ def test_bad_setting_is_named(checkpoint, tmp_path, name, settings, message):
     folder = copy(checkpoint(name)[1], tmp_path, **settings)
     with pytest.raises(ValueError, match=message):
         minigpt.load(folder)
+
+
+@pytest.mark.parametrize("value", [10**9, 10**30, -1])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *(("BertModel", n) for n, kind in BertConfig.__annotations__.items() if kind is int),
+        *(("GPTNeoModel", n) for n, kind in GPTNeoConfig.__annotations__.items() if kind is int),
+    ],
+)
+def test_sizes_out_of_reason_are_refused_before_anything_is_built(
+    checkpoint, tmp_path, monkeypatch, name, field, value
+):
+    folder = copy(checkpoint(name)[1], tmp_path, **{field: value})
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)
+    for reads in (minigpt.load, outline):
+        with pytest.raises(ValueError, match=f"config.json: {field} is {value}, must lie in"):
+            reads(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["NaN", "1e999", "[" * 10**5 + "]" * 10**5, '1, "vocab_size": 2']
+)
+def test_config_that_is_no_strict_json_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "bert", "vocab_size": {content}}}')
+    with pytest.raises(ValueError, match=r"cannot read .*config\.json: ") as caught:
+        minigpt.load(tmp_path)
+    assert len(str(caught.value)) < 300
+
+
+NATIVE = {"gpt_neo": GPTNeoConfig, "bert": BertConfig}
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    ours = outline(tmp_path).config
+    compared = [field.name for field in fields(ours) if field.name != "id2label"]
+    assert {n: getattr(ours, n) for n in compared if n != "attention_layers"} == {
+        n: getattr(theirs, n) for n in compared if n != "attention_layers"
+    }
+    if kind == "gpt_neo":
+        assert list(ours.layers) == theirs.attention_layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alias", [False, True])
+def test_the_number_of_heads_is_transformers(tmp_path, alias):
+    """Of 48 columns; no tensor's shape tells 16 heads from 12."""
+    heads = {"hidden_size": 48, "num_heads": 8 if alias else 16}
+    hf = hf_gpt_neo(**heads)
+    hf.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["num_heads"]
+    if alias:
+        settings["num_attention_heads"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    same_as(hf, tmp_path)
 
 
 def test_attention_types_decide_the_layers(checkpoint, tmp_path):
@@ -487,10 +650,53 @@ def test_missing_config_is_an_error(tmp_path):
         minigpt.load(tmp_path)
 
 
+# heads that there is no code for
+
+
+OTHERS = ["MultipleChoice", "TokenClassification", "QuestionAnswering", "NextSentencePrediction"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", [None, "none", "classification", "masked-lm"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_head_of_another_task_is_left_out(tmp_path, caplog, name, head):
+    hf = hf_bert(getattr(transformers, f"BertFor{name}"))
+    hf.save_pretrained(tmp_path)
+    ours = minigpt.load(tmp_path, head=head)
+    assert f"no code for the head of 'BertFor{name}'" in warnings_of(caplog)[0]
+    assert ours.head_kind == (head or "none")
+    assert outline(tmp_path).head_kind == "none"
+    assert_close(ours.hidden(IDS), hf.bert(IDS)[0])
+    if head == "classification":
+        assert "head.classifier.weight" in warnings_of(caplog)[1]
+        assert ours.head.classifier.weight.shape == (2, 30)
+        assert not hasattr(hf, "classifier") or not torch.equal(
+            ours.head.classifier.weight, hf.classifier.weight
+        )
+
+
+def test_a_decoder_that_classifies_is_a_body(tmp_path, caplog):
+    hf = hf_gpt_neo(transformers.GPTNeoForSequenceClassification, pad_token_id=0)
+    hf.save_pretrained(tmp_path)
+    assert minigpt.load(tmp_path).head_kind == "none"
+    assert "'GPTNeoForSequenceClassification'" in warnings_of(caplog)[0]
+
+
+def test_a_classifier_of_tokens_is_told_by_its_tensors(tmp_path):
+    """Where config.json names no class: it has no pooler, which a classifier of texts reads."""
+    hf_bert(transformers.BertForTokenClassification).save_pretrained(tmp_path)
+    folder = copy(tmp_path, tmp_path, architectures=None)
+    with pytest.raises(ValueError, match=r"2 tensors are missing: bert\.pooler\.dense\.bias"):
+        minigpt.load(folder)
+    assert minigpt.load(folder, head="none").head_kind == "none"
+
+
 # where a model comes from
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./no-such", "a/b/c", "no such model"])
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./no-such", "a/b/c", "no such model", "", "/" + "x" * 5000]
+)
 def test_missing_path_is_an_error_without_asking_the_hub(monkeypatch, source):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(ValueError, match="no such model directory"):

@@ -132,6 +132,95 @@ def test_tokenizer_config_rules_the_word_pieces(tmp_path, options, pieces):
     assert list(dict.fromkeys(produced)) == pieces
 
 
+def described(token: str, **flags: bool) -> dict[str, object]:
+    plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
+    return {"content": token, **plain, **flags}
+
+
+BESIDE = {  # kind of model -> what tokenizer_config.json and added_tokens.json say
+    "bert": [
+        ({"do_lower_case": False}, {}),
+        ({"do_lower_case": True, "strip_accents": False}, {}),
+        ({"do_lower_case": False, "strip_accents": True}, {}),
+        ({"tokenize_chinese_chars": False}, {}),
+        ({}, {"MYTOK": 30523, "[NEW]": 30522, "newtok": 30524}),
+        ({"do_lower_case": False}, {"[NEW]": 30522}),
+        ({"added_tokens_decoder": {"30522": described("[NEW]", special=True)}}, {}),
+        ({"added_tokens_decoder": {"103": described("[MASK]", lstrip=True, normalized=True)}}, {}),
+        ({"added_tokens_decoder": {"30522": described("[NEW]", lstrip=True)}}, {"[NEW]": 30522}),
+    ],
+    "gpt_neo": [
+        ({"add_prefix_space": True}, {}),
+        ({"add_prefix_space": False}, {"TOK": 50258, "<|new|>": 50257}),
+        ({"added_tokens_decoder": {"50257": described("<|new|>", rstrip=True)}}, {}),
+    ],
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "its older files"])
+@pytest.mark.parametrize(
+    ("kind", "settings", "added"),
+    [(kind, *case) for kind, table in BESIDE.items() for case in table],
+    ids=str,
+)
+def test_what_lies_beside_a_tokenizer_counts(request, tmp_path, kind, settings, added, whole):
+    """Against transformers' reading of the same folder."""
+    folder = tmp_path
+    if whole:
+        source = request.getfixturevalue("bert" if kind == "bert" else "gpt2")
+        (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    else:
+        request.getfixturevalue("vocab_file" if kind == "bert" else "bpe_files")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.load(folder)
+    text = "Hello [NEW] [new] Café MYTOK mytok newtokx hi[MASK] x <|new|> TOK 日本"
+    expected = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text) == expected
+    assert ours.vocab_size == len(theirs)
+    ours.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("added_tokens.json", {"[NEW]": 30600}, r'token "\[NEW\]" has id 30600, would get 30522'),
+        ("added_tokens.json", {"hello": 5}, 'token "hello" has id 5, would get 7592'),
+        ("added_tokens.json", {"[NEW]": "30522"}, "added_tokens.json is .*, must be an object"),
+        (
+            "tokenizer_config.json",
+            {"do_lower_case": None},
+            "do_lower_case is null, must be true or",
+        ),
+        ("tokenizer_config.json", {"strip_accents": "no"}, 'strip_accents is "no", must be'),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, r"added_tokens_decoder is \[\]"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"30522": {"\x1b[31m": "a"}}},
+            "content",
+        ),
+    ],
+)
+def test_what_lies_beside_a_tokenizer_is_read_strictly(vocab_file, name, content, message):
+    (vocab_file / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"cannot read the tokenizer in .*: .*{message}"):
+        Tokenizer.load(vocab_file)
+
+
+def test_half_of_a_surrogate_pair_is_named(gpt2):
+    with pytest.raises(ValueError, match=r'cannot encode "ok \\ud83d": it holds half of'):
+        Tokenizer.load(gpt2).encode("ok \ud83d")
+
+
+def test_a_piece_without_a_token_is_an_error():
+    model = tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]")
+    with pytest.raises(ValueError, match='cannot encode "b": '):
+        Tokenizer(tokenizers.Tokenizer(model)).encode("b")
+
+
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
 def test_bytes_make_the_round_trip(gpt2, bpe_files, texts, files):
     tokenizer = Tokenizer.load(gpt2 if files == "tokenizer.json" else bpe_files)
@@ -242,7 +331,7 @@ EMPTY_JSON = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()
 def test_empty_vocabulary_is_an_error(tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match="vocabulary is empty"):
+    with pytest.raises(ValueError, match=r"vocabulary (is empty|lacks \[UNK\])"):
         Tokenizer.load(tmp_path)
 
 

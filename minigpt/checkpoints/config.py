@@ -1,0 +1,48 @@
+"""A checkpoint's config.json: which architecture it is, and its settings, each of its type."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from minigpt.models.architecture import Architecture, Config
+from minigpt.models.architectures import ARCHITECTURES
+from minigpt.models.config import nearest, short
+from peft_lite.json_files import check_types, read_object
+
+logger = logging.getLogger("minigpt")
+
+COMMON: dict[str, Any] = {  # fields that are no settings of the model itself
+    "architectures": list[str] | None,
+    "num_labels": int | None,
+    "id2label": Mapping[str, str] | None,
+}
+
+
+def read_config(directory: Path) -> tuple[Architecture, Config, dict[str, Any]]:
+    """Architecture, config and the whole content of a checkpoint's config.json.
+
+    Raises:
+        ValueError: no such file, or one that asks for what is not supported.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"no config.json in {directory}")
+    raw = read_object(path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: model_type {short(kind)} is unknown, must be one of "
+            f"{', '.join(ARCHITECTURES)}{nearest(short(kind), ARCHITECTURES)}"
+        )
+    architecture = ARCHITECTURES[kind]
+    hints = {**COMMON, **get_type_hints(architecture.config), **architecture.hints}
+    hints |= {alias: hints[name] for alias, name in architecture.aliases.items()}
+    check_types(raw, hints, f"{path}: ")
+    try:
+        config = architecture.config_from(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if other := architecture.other_class(raw):
+        logger.warning("%s: there is no code for the head of %s: left out", path, short(other))
+    return architecture, config, raw
