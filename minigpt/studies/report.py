@@ -1,5 +1,5 @@
 """The output of a study: `results.json`, `figures/*.png` and `report.html`, one page with the
-answer, then figures, tables, verdicts and the setting.
+answer, then verdicts, figures, tables and the setting.
 """
 
 import base64
