@@ -36,7 +36,7 @@ def libraries(requirements: list[str]) -> set[str]:
 NEEDED = libraries(PROJECT["project"]["dependencies"])
 EXTRAS = {
     library
-    for extra in ("reports", "triton")
+    for extra in PROJECT["project"]["optional-dependencies"].keys() - {"test", "bench"}
     for library in libraries(PROJECT["project"]["optional-dependencies"][extra])
 }
 
