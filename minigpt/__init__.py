@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from minigpt.models.gpt2 import GPT2, GPT2Config
     from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
     from minigpt.models.llama import Llama, LlamaConfig
+    from minigpt.models.roberta import Roberta, RobertaConfig
     from minigpt.training.train import TrainConfig, train
 
 __version__ = "0.1.0"  # of all three packages
@@ -24,6 +25,8 @@ PLACES = {
     "GPTNeoConfig": "models.gpt_neo",
     "Llama": "models.llama",
     "LlamaConfig": "models.llama",
+    "Roberta": "models.roberta",
+    "RobertaConfig": "models.roberta",
     "Tokenizer": "data.tokenizer",
     "TrainConfig": "training.train",
     "generate": "generation",
@@ -41,6 +44,8 @@ __all__ = [
     "GPTNeoConfig",
     "Llama",
     "LlamaConfig",
+    "Roberta",
+    "RobertaConfig",
     "Tokenizer",
     "TrainConfig",
     "generate",
