@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from minigpt.models.roberta import Roberta, RobertaConfig
     from minigpt.training.train import TrainConfig, train
 
+__version__ = "0.1.0"  # of all three packages
+
 PLACES = {
     "Bert": "models.bert",
     "BertConfig": "models.bert",

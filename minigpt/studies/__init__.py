@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigpt.settings import runs
+from minigpt.settings.checks import check_installed
 from minigpt.studies import report as reports
 from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
@@ -77,6 +78,7 @@ def command(name: str) -> tuple[type, Callable[[Any, Path, bool], dict[str, obje
 
 def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]:
     """Runs a study, or what is left of it.  Returns its summary."""
+    check_installed("matplotlib", "jinja2")
     module = study(name)
     todo = module.parts(settings)
     runs.claim(out, f"study {name}", settings)
