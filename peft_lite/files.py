@@ -90,7 +90,8 @@ def fill(model: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Non
         place.copy_(tensors[name])
     filled = {place.data_ptr() for place in places.values()}
     if left := [n for n, t in _untrained(model, method).items() if t.data_ptr() not in filled]:
-        logger.warning("the file lacks %s, which this model has freshly initialised", left[0])
+        names = ", ".join(left)
+        logger.warning("the file lacks %s, which this model has freshly initialised", names)
 
 
 def match(
