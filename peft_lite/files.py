@@ -58,6 +58,8 @@ def read(model: nn.Module, directory: Path) -> tuple[Any, dict[str, Tensor]]:
     Raises:
         ValueError: they do not fit.
     """
+    if empty := [name for name, p in named_weights(model) if p.is_meta]:
+        raise ValueError(f"{empty[0]} is on the meta device, without values: load the model first")
     safe, old = directory / "adapter_model.safetensors", directory / "adapter_model.bin"
     path = storage.config_of_pair(safe, directory / "adapter_config.json")
     raw = read_object(path, MAX_CONFIG)
@@ -295,20 +297,20 @@ def _modules_to_save(model: nn.Module, listed: Sequence[str], tensors: Iterable[
     }
     there |= {_plain(n).removeprefix("base_model.") for n in tensors if ".base_layer." not in n}
     weights = {n: (hf_name(model, n), id(p)) for n, p in named_weights(model)}
+    whole: list[str] = []
+    for place, _ in named_layers(model):
+        inside = [w for n, w in weights.items() if place and n.startswith(f"{place}.")]
+        if inside and {p for hf, p in inside if hf in there} == {p for _, p in inside}:
+            whole.append(place)
     chosen: list[str] = []
     for name in dict.fromkeys(listed):
-        before = len(chosen)
-        for place, _ in named_layers(model):
-            inside = [w for n, w in weights.items() if place and n.startswith(f"{place}.")]
-            held = {p for hf, p in inside if hf in there}
-            whole = bool(inside) and held == {p for _, p in inside}
-            if whole and (place.endswith(name) or hf_name(model, place).endswith(name)):
-                chosen.append(place)
-        for n, (hf, _) in weights.items():
-            if hf in there and (f".{name}." in f".{hf}" or f".{name}." in f".{n}"):
-                chosen.append(n.rpartition(".")[0])
-        if len(chosen) == before and name not in GUESSED:
-            raise ValueError(f"modules_to_save: the file holds no tensor of {name!r}")
+        named = [p for p in whole if p.endswith(name) or hf_name(model, p).endswith(name)]
+        named += [
+            p for p in whole if f".{name}." in f".{p}" or f".{name}." in f".{hf_name(model, p)}"
+        ]
+        if not named and name not in GUESSED:
+            raise ValueError(f"modules_to_save: the file does not hold {name!r} whole")
+        chosen += named
     tops = tuple(f"{place}." for place in chosen)
     return [f"^{place}" for place in dict.fromkeys(chosen) if not place.startswith(tops)]
 

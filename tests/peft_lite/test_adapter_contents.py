@@ -430,7 +430,7 @@ def refuse(folder: Path, reason: str) -> str:
         ("alpha_pattern", {"((a|a)*)*z|out": 3, "(([a-z]+)*)*!": 3}, r"takes more than 1 seconds"),
         ("target_modules", "a{99999999999}", r"is not a regular expression"),
         ("target_modules", "[", r"is not a regular expression"),
-        ("\x1b[31mfield", 3, r"\\x1b\[31mfield = 3 is not supported"),
+        ("\x1b[31mfield", 3, r"\\u001b\[31mfield = 3 is not supported"),
         ("bias", "x" * 5000, r"bias is 'xxx.*\.\.\.$"),
     ],
 )
@@ -464,6 +464,12 @@ def test_numbers_that_no_model_can_hold_are_refused(
     refuse(tmp_path, reason)
 
 
+def test_a_model_without_values_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"inner\.0\.weight is on the meta device"):
+        peft_lite.load(Long().to("meta"), tmp_path)
+
+
 def test_half_precision_files_are_read_and_rounded_once(tmp_path: Path) -> None:
     file = saved(tmp_path) / "adapter_model.safetensors"
     tensors = {n: t.bfloat16() for n, t in load_file(file).items()}
@@ -475,7 +481,7 @@ def test_half_precision_files_are_read_and_rounded_once(tmp_path: Path) -> None:
 def test_no_control_character_of_a_tensors_name_is_shown(tmp_path: Path) -> None:
     file = saved(tmp_path) / "adapter_model.safetensors"
     save_file({**load_file(file), "\x1b[2J\n": torch.zeros(1)}, file)
-    assert r"\x1b[2J\n" in refuse(tmp_path, "1 tensors are unexpected")
+    assert r"\u001b[2J\n" in refuse(tmp_path, "1 tensors are unexpected")
 
 
 def test_a_header_too_large_is_not_read(tmp_path: Path) -> None:
