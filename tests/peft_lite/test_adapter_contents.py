@@ -549,6 +549,8 @@ def test_a_pair_is_old_or_new_at_every_moment(
 
     B = "base_model.model.out.lora_B.weight"
     adapter(1).save(tmp_path)
+    for name in ("adapter_model.safetensors.partial", "adapter_config.json.partial"):
+        (tmp_path / name).write_text("what an earlier kill left")
     count = 0
 
     def dying(real: Callable[..., Any]) -> Callable[..., Any]:
