@@ -1,4 +1,4 @@
-"""A progress bar: steps done, loss, speed and time left."""
+"""Progress bars: steps done, loss, speed and time left; characters of a long text."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +14,8 @@ from rich.progress import (
 )
 
 from minigpt.training.train import Row
+
+LONG = 4_000_000  # characters of a text that takes some seconds
 
 
 @contextmanager
@@ -41,6 +43,22 @@ def progress_bar(title: str, steps: int, tokens_a_step: int) -> Iterator[Callabl
             bar.update(task, completed=int(row["step"]), loss=row["loss"], speed=speed)
 
         yield show
+
+
+@contextmanager
+def text_bar(title: str, characters: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that shows how many characters of a text are done, where there are so many
+    that it takes more than a moment.
+    """
+    console = Console(stderr=True)
+    if characters < LONG or not console.is_terminal:
+        if characters >= LONG:
+            print(f"{title}: {characters:,} characters", file=sys.stderr, flush=True)
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=characters)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _line(title: str, steps: int, row: Row) -> None:
