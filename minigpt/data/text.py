@@ -27,8 +27,25 @@ FRAME_SIZE = 30_000  # characters before START, and from END on: the licence has
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
+    """The batch on a device.  Raises ValueError for a label below 0 that is not IGNORED."""
+    if "labels" in batch:
+        check_labels(batch["labels"])
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def check_labels(labels: Tensor, classes: int | None = None) -> None:
+    """Raises ValueError for a label that is neither IGNORED nor one of the classes from 0 on.
+
+    It looks at labels in the CPU's memory only.  A GPU would have to finish its work first; there
+    the kernels that use a label as an index stop at one that is none.
+    """
+    if labels.is_cpu and labels.numel():
+        low, high = (int(x) for x in labels.masked_fill(labels == IGNORED, 0).aminmax())
+        if low < 0 or (classes is not None and high >= classes):
+            allowed = "at least 0" if classes is None else f"in [0, {classes})"
+            raise ValueError(
+                f"a label is {low if low < 0 else high}, must be {allowed}, or {IGNORED} for none"
+            )
 
 
 def read_text(path: Path) -> str:
