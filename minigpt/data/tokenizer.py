@@ -176,12 +176,13 @@ class Tokenizer:
     def _splits_words(self) -> bool:
         """Whether tokens end where `CUT` matches."""
         words, normalizer = self.backend.pre_tokenizer, self.backend.normalizer
+        *before, words = list(words) if isinstance(words, pre_tokenizers.Sequence) else [words]
         if isinstance(words, pre_tokenizers.ByteLevel):
             plain = words.use_regex and not words.add_prefix_space and normalizer is None
+            plain = plain and all(isinstance(step, pre_tokenizers.Digits) for step in before)
         else:
-            plain = isinstance(words, pre_tokenizers.BertPreTokenizer) and isinstance(
-                normalizer, normalizers.BertNormalizer | None
-            )
+            plain = isinstance(words, pre_tokenizers.BertPreTokenizer) and not before
+            plain = plain and isinstance(normalizer, normalizers.BertNormalizer | None)
         added = self.backend.get_added_tokens_decoder().values()
         return plain and not any(t.rstrip or re.search(r"\s", t.content) for t in added)
 
