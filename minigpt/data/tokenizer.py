@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {  # of tokenizer_config.json, where they change the 
     "added_tokens_decoder": dict[str, dict[str, str | bool]] | None,
 }
 UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than it has tokens
+MOST_TOKENS = 2**20  # learned; the largest published vocabularies have some 2^18
 PIECE = 2**17  # characters that the library encodes at a time; each takes some 200 bytes meanwhile
 LONGEST = 2**23  # and at most: more than a novel, 1.6 GB
 CUT = re.compile(r"(?<=\S)[ \n]")
@@ -95,8 +96,10 @@ class Tokenizer:
         token, `<|endoftext|>`.
 
         Raises:
-            ValueError: a text is not Unicode, or too long without a place to cut it.
+            ValueError: the size is out of range, or a text is not Unicode or too long without a
+                place to cut it.
         """
+        _check_size(vocab_size)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -115,8 +118,10 @@ class Tokenizer:
         accents, with BERT's five special tokens as ids 0 to 4.
 
         Raises:
-            ValueError: a text is not Unicode, or too long without a place to cut it.
+            ValueError: the size is out of range, or a text is not Unicode or too long without a
+                place to cut it.
         """
+        _check_size(vocab_size)
         texts = list(_all_pieces(texts))
         learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         learner.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -176,7 +181,10 @@ class Tokenizer:
     def _splits_words(self) -> bool:
         """Whether tokens end where `CUT` matches."""
         words, normalizer = self.backend.pre_tokenizer, self.backend.normalizer
-        *before, words = list(words) if isinstance(words, pre_tokenizers.Sequence) else [words]
+        steps: list[Any] = [words]
+        if isinstance(words, pre_tokenizers.Sequence):
+            steps = [*words]  # type: ignore[misc]  # it has items and no length
+        *before, words = steps
         if isinstance(words, pre_tokenizers.ByteLevel):
             plain = words.use_regex and not words.add_prefix_space and normalizer is None
             plain = plain and all(isinstance(step, pre_tokenizers.Digits) for step in before)
@@ -265,6 +273,12 @@ def _add_tokens(
         backend.add_tokens([token])
         if (given := backend.token_to_id(token.content)) != number:
             raise ValueError(f"token {short(token.content)} has id {number}, would get {given}")
+
+
+def _check_size(vocab_size: int) -> None:
+    """The library aborts the process where it cannot reserve room for so many."""
+    if not 1 <= vocab_size <= MOST_TOKENS:
+        raise ValueError(f"vocab_size is {vocab_size}, must be 1 to {MOST_TOKENS:,}")
 
 
 def _all_pieces(texts: Iterable[str]) -> Iterator[str]:
