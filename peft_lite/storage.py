@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,11 +61,15 @@ def write_tensors(
 ) -> None:
     """Writes named tensors as safetensors."""
     with writing(final) as partial:
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()},
-            partial,
-            metadata={"format": "pt"} if metadata is None else dict(metadata),
-        )
+        save_tensors(tensors, partial, {"format": "pt"} if metadata is None else dict(metadata))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes the file itself.  Raises OSError where the library has a word of its own."""
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
 def write_pair(
@@ -83,7 +88,7 @@ def write_pair(
     new_tensors.unlink(missing_ok=True)
     try:
         mode = _create(new_tensors)
-        save_file({n: t.contiguous() for n, t in named.items()}, new_tensors, {"format": "pt"})
+        save_tensors(named, new_tensors, {"format": "pt"})
         new_tensors.chmod(mode)
         flush(new_tensors)
         _create(new_config)
