@@ -68,6 +68,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes `OUT/model` (weights, config, tokenizer) and `OUT/summary.json`."""
     device = settings.find_device()
     before_model = memory.resident()
+    settings.check_sizes()
     positive(settings, "vocab_size")
     parts = [split_text(text_of(file), settings.heldout) for file in settings.text]
     train_texts, heldout_texts = zip(*parts, strict=True)
