@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from minigpt.commands.command import Command
+from minigpt.training.interrupt import terminable
 
 COMMANDS = {
     "finetune": "fine-tune a pretrained decoder on a text",
@@ -18,6 +19,7 @@ COMMANDS = {
     "pretrain": "train a tokenizer and a model from texts",
     "info": "table of parameters for a model and a method",
     "study": "rerun a published experiment and put its claims to the test",
+    "verify": "check every file of a run",
 }
 
 
@@ -69,10 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     logging.basicConfig(format="minigpt: %(message)s")
     whole = parser()
-    given: dict[str, Any] = vars(whole.parse_args(arguments))
-    name = given.pop("command")
     try:
-        return command(name).execute(name, given)
+        with terminable():
+            given: dict[str, Any] = vars(whole.parse_args(arguments))
+            name = given.pop("command")
+            return command(name).execute(name, given)
     except KeyboardInterrupt:
         print("minigpt: interrupted", file=sys.stderr)
         return 130

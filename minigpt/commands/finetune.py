@@ -1,6 +1,5 @@
 """`minigpt finetune`: a pretrained decoder, a text, a method -> an adapter, metrics, a sample."""
 
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from minigpt.generation import generate
 from minigpt.models.architecture import Decoder
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods, runs
+from minigpt.settings.manifest import model_files
 from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
 from minigpt.settings.training import TrainingOptions
@@ -68,7 +68,8 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         )
     if settings.checkpoint_activations:
         checkpoint_activations(model.blocks)
-    runs.claim(out, "finetune", settings)
+    inputs = {"text": [Path(settings.text)], **model_files(directory)}
+    runs.claim(out, "finetune", settings, inputs)
 
     counts = report(model)
     before = evaluate(model, language_model_loss, heldout, settings.bf16)
@@ -104,8 +105,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "result_bytes": sum(f.stat().st_size for f in (out / result).glob("*.safetensors")),
         "config": asdict(config),
     }
-    storage.write_json(out / "summary.json", summary)
-    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    runs.complete(out, summary)
     return summary
 
 

@@ -5,7 +5,6 @@ it, mlm predicts masked tokens from those on both sides.
 """
 
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     learned = windows(train_texts)
     batches = objective.batches(learned)
     heldout = list(objective.heldout(windows(heldout_texts)))
-    runs.claim(out, "pretrain", settings)
+    runs.claim(out, "pretrain", settings, {"text": map(Path, settings.text)})
     with progress_bar("pretrain", settings.steps, settings.tokens_a_step) as observe:
         rows = train(model, objective.loss, batches, settings, out, heldout, resume, observe)
 
@@ -99,8 +98,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
         "peak_memory_bytes": memory.peak(),
         "config": asdict(settings),
     }
-    storage.write_json(out / "summary.json", summary)
-    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    runs.complete(out, summary)
     return summary
 
 
