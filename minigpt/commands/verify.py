@@ -98,13 +98,15 @@ class Verify:
         if (out / LOCK).exists():  # the process that left it may be dead
             with owned(out):
                 pass
-        status = 0
+        faults: dict[str, str] = {}
         for file, fault in checks(out):
+            faults[file] = faults.get(file) or fault
+        for file, fault in faults.items():
             print(f"{'FAULT' if fault else 'ok':6}{file}{f': {fault}' if fault else ''}")
-            status |= bool(fault)
         complete = "complete" if (out / "summary.json").exists() else "not complete"
-        print(f"the run in {out} is {complete}, and {'damaged' if status else 'sound'}")
-        return int(status)
+        sound = not any(faults.values())
+        print(f"the run in {out} is {complete}, and {'sound' if sound else 'damaged'}")
+        return 0 if sound else 1
 
 
 COMMAND = Verify()
