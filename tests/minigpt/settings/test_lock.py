@@ -65,8 +65,9 @@ def test_who_comes_second_changes_nothing(tmp_path: Path) -> None:
     with owned(tmp_path / "run"):
         before = [*tmp_path.rglob("*")]
         for wait in (0, 0.2):
-            with pytest.raises(ValueError, match="in use by another process"), owned(
-                tmp_path / "run", wait
+            with (
+                pytest.raises(ValueError, match="in use by another process"),
+                owned(tmp_path / "run", wait),
             ):
                 pass
         assert [*tmp_path.rglob("*")] == before

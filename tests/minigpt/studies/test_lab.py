@@ -129,7 +129,7 @@ def signals(folder: Path, seeds: range) -> tuple[list[str], list[Path]]:
 
 
 def test_no_signal_is_lost(tmp_path: Path, undisturbed: Path) -> None:
-    faults, stopped = signals(tmp_path, range(4))
+    faults, stopped = signals(tmp_path, range(2))
     assert not faults, "\n".join(faults)
     with start(stopped[-1], "--resume") as study:
         _, errors = study.communicate(timeout=200)

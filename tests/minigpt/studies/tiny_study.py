@@ -1,6 +1,6 @@
 """A study of two parts, each of which trains a tiny model, as a command of its own:
 
-    python -m tests.minigpt.studies.tiny_study study tiny --out DIR
+python -m tests.minigpt.studies.tiny_study study tiny --out DIR
 """
 
 import os
