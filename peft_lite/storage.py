@@ -4,6 +4,7 @@ A kill, a full disk or a crash at any moment leaves the old file or the new one,
 `NAME.partial` beside it.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,11 +63,14 @@ def write_tensors(
 ) -> None:
     """Writes named tensors as safetensors."""
     with writing(final) as partial:
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()},
-            partial,
-            metadata={"format": "pt"} if metadata is None else dict(metadata),
-        )
+        try:
+            save_file(
+                {name: t.contiguous() for name, t in tensors.items()},
+                partial,
+                metadata={"format": "pt"} if metadata is None else dict(metadata),
+            )
+        except SafetensorError as error:  # a full disk
+            raise OSError(errno.EIO, str(error), str(final)) from None
 
 
 def replace_folder(written: Path, final: Path) -> None:

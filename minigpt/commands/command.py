@@ -78,6 +78,10 @@ class Run:
             again = f"minigpt {name} --resume --out {out}"
             print(f"minigpt: {stop}; continue with: {again}", file=sys.stderr)
             return 130
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise ValueError(f"cannot write to {out}: {error.strerror or error}") from None
         return 0
 
 
