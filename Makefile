@@ -32,7 +32,7 @@ mutants: .venv/test       ## put faults into the code, one at a time: a test fai
 
 .venv/demo: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reports]'
 	touch $@
 
 .venv/test: .venv/demo

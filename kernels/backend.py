@@ -43,7 +43,7 @@ def read(path: Path) -> dict[Case, str]:
     Raises:
         ValueError: a route is unknown.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     table = {}
     for row in rows:
@@ -89,7 +89,9 @@ def check_triton(backend: str, tensor: Tensor) -> None:
         ValueError: it cannot, with the reason.
     """
     if not INSTALLED:
-        raise ValueError(f"backend={backend!r} cannot run here: triton is not installed")
+        raise ValueError(
+            f"backend={backend!r} cannot run here: not installed: triton; run: pip install triton"
+        )
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend={backend!r} cannot run here: the tensor is on {tensor.device} "

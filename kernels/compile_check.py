@@ -25,7 +25,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import triton
+try:
+    import triton
+except ModuleNotFoundError:
+    sys.exit("not installed: triton; run: pip install triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -8,6 +8,7 @@ from torch import nn
 from peft_lite import files
 from peft_lite.handle import Handle, handle_of
 from peft_lite.methods import method_of
+from peft_lite.undo import all_or_nothing
 
 
 def attach(model: nn.Module, config: Any, name: str = "default") -> Handle:
@@ -39,14 +40,8 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> Hand
     """
     folder = Path(directory)
     config, raw, tensors = files.read(folder)
-    active = handle_of(model).active
-    handle = attach(model, config, name)
-    try:
+    with all_or_nothing(handle_of(model)):
+        handle = attach(model, config, name)
         files.check_shape(model, handle.methods[name], raw, folder)
         files.fill(handle.state(name), tensors, folder)
-    except ValueError:
-        handle.detach(name)
-        for other in active:
-            handle.switch(other)
-        raise
     return handle

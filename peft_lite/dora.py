@@ -70,8 +70,8 @@ class DoraLinear(LoraLinear):
 
     def scale(self, v: Tensor) -> Tensor:
         """g v + b, (..., out)"""
-        y, b = gain(self.magnitude, self.norm()).to(v.dtype) * v, self.layer.bias
-        return y if b is None else y + b.to(y.dtype)
+        y, b = gain(self.magnitude, self.norm()) * v, self.layer.bias  # in float32
+        return (y if b is None else y + b).to(v.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
         v = dense_weight(self.layer) + self.delta()
@@ -97,7 +97,7 @@ class DoraEmbedding(LoraEmbedding):
     def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
         """g (y + s A^T[id] B^T)"""
         y = super().add_update(y, ids)
-        return gain(self.magnitude, self.norm()).to(y.dtype) * y
+        return (gain(self.magnitude, self.norm()) * y).to(y.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
         v = dense_weight(self.layer) + self.delta()

@@ -1,6 +1,6 @@
 """The handle of a model: the methods on it, by name."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from peft_lite.compatible import check_compatible
 from peft_lite.method import Method
 from peft_lite.report import Report, report
 from peft_lite.select import nearest
+from peft_lite.undo import all_or_nothing
 from peft_lite.wrapper import (
     WeightWrapper,
+    Wrapper,
     merge_obstacle,
     named_weights,
     within,
@@ -31,15 +33,20 @@ def handle_of(model: nn.Module) -> "Handle":
 class Handle:
     """The methods on a model.
 
+    A call that raises has changed nothing.  Inside `enabled(False)` and `rows` no call changes
+    which methods there are or act.
+
     Attributes:
         model: the model.
         methods: by name, in order of attachment.
+        flags: `requires_grad` of the model's weights before the first method.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.methods: dict[str, Method] = {}
-        self._flags: dict[str, bool] = {}
+        self.flags: dict[str, bool] = {}
+        self._contexts: list[str] = []  # that are open, the outermost first
 
     @property
     def active(self) -> list[str]:
@@ -54,24 +61,29 @@ class Handle:
         """Activates a method, so that it trains, and switches off the others of its kind."""
         self._check_unmerged("switch")
         chosen = self._method(name)
-        # the chosen one last: others may have trained the same weights
-        for method in sorted(self.methods.values(), key=lambda m: m is chosen):
-            if method.kind == chosen.kind:
-                self._activate(method, method is chosen)
+        with self._change("switch"):
+            # the chosen one last: others may have trained the same weights
+            for method in sorted(self.methods.values(), key=lambda m: m is chosen):
+                if method.kind == chosen.kind:
+                    self._activate(method, method is chosen)
 
     @contextmanager
     def enabled(self, flag: bool) -> Iterator[None]:
-        """With False: the model computes what it computed before anything was attached."""
+        """With False: the model computes what it computed before anything was attached.  With
+        True nothing changes, also inside `enabled(False)`.
+        """
         self._check_unmerged("switch off")
         active = [method for method in self.methods.values() if method.active and not flag]
         if any(w.keep is False for method in active for w in method.weights.values()):
             raise ValueError(
                 "freezing trains the model's own weights and keeps no copy of the old values"
             )
-        for method in active:
-            method.activate(False)
+        with all_or_nothing(self):
+            for method in active:
+                method.activate(False)
         try:
-            yield
+            with self._open(f"enabled({flag})", active):
+                yield
         finally:
             for method in active:
                 method.activate(True)
@@ -80,6 +92,7 @@ class Handle:
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Row i of a batch uses the LoRA or DoRA called `names[i]`; None: the base model."""
         self._check_unmerged("choose rows")
+        self._check_outside("choose rows")
         chosen = {name: self._method(name) for name in dict.fromkeys(names) if name is not None}
         for name, method in chosen.items():
             if method.weights or not all(w.takes_rows for w in method.wrappers.values()):
@@ -94,14 +107,16 @@ class Handle:
             if any(w.takes_rows for w in method.wrappers.values())
         }
         before = {name: method.active for name, method in loras.items()}
-        for name, method in loras.items():
-            method.activate(name in chosen)
-            index = [i for i, row in enumerate(names) if row == name]
-            for layer in method.wrappers.values():
-                if name in chosen:
-                    layer.take_rows(torch.tensor(index, device=device), len(names))
+        with all_or_nothing(self):
+            for name, method in loras.items():
+                method.activate(name in chosen)
+                index = [i for i, row in enumerate(names) if row == name]
+                for layer in method.wrappers.values():
+                    if name in chosen:
+                        layer.take_rows(torch.tensor(index, device=device), len(names))
         try:
-            yield
+            with self._open("rows", chosen):
+                yield
         finally:
             for name, method in loras.items():
                 method.activate(before[name])
@@ -124,17 +139,19 @@ class Handle:
         chosen, tied = self._to_merge(self.active if name is None else [name], untie)
         if not chosen:
             raise ValueError("there is nothing to merge: no active method changes layer weights")
-        for wrapper in chosen:
-            wrapper.merge(untie=wrapper in tied)
+        with self._change("merge"):
+            for wrapper in chosen:
+                wrapper.merge(untie=wrapper in tied)
 
     def unmerge(self) -> None:
         """Restores the original weights to the bit."""
         mergeable = self._mergeable(self.methods)
         if not mergeable:
             raise ValueError("there is nothing to unmerge: no method changes layer weights")
-        for wrapper in reversed(mergeable):
-            if wrapper.merged:
-                wrapper.unmerge()
+        with self._change("unmerge"):
+            for wrapper in reversed(mergeable):
+                if wrapper.merged:
+                    wrapper.unmerge()
 
     def fold(self, untie: bool = False) -> None:
         """Merges the active methods permanently and removes all: the model is plain again, with
@@ -143,25 +160,28 @@ class Handle:
         self._check_attached()
         left = [n for n in self.active if not any(w.merged for w in self._mergeable([n]))]
         chosen, tied = self._to_merge(left, untie)
-        for wrapper in chosen:
-            wrapper.merge(untie=wrapper in tied)
-        # active methods last: no other wrapper may remain around the modules they leave
-        for name in sorted(self.methods, key=self.active.__contains__):
-            self._take_off(name, fold=self.methods[name].active)
+        with self._change("fold"):
+            for wrapper in chosen:
+                wrapper.merge(untie=wrapper in tied)
+            # active methods last: no other wrapper may remain around the modules they leave
+            for name in sorted(self.methods, key=self.active.__contains__):
+                self._take_off(name, fold=self.methods[name].active)
 
     def detach(self, name: str | None = None) -> None:
         """Removes a method, None: all, and restores modules, weights and `requires_grad`.
 
-        Freezing is the exception: the weights it trained keep their values.
+        Freezing is the exception: the weights it trained keep their values.  Of several methods of
+        one kind none acts once the acting one is removed: `switch` to another.
         """
         self._check_attached()
         names = list(self.methods) if name is None else [name]
         for each in names:
             self._method(each)
-        if self._merged:
-            self.unmerge()
-        for each in reversed(names):
-            self._take_off(each, fold=False)
+        with self._change("detach"):
+            if self._merged:
+                self.unmerge()
+            for each in reversed(names):
+                self._take_off(each, fold=False)
 
     def state(self, name: str | None = None) -> dict[str, Tensor]:
         """A method's tensors under the names of HF PEFT's files; None: of the only method."""
@@ -178,16 +198,19 @@ class Handle:
         self._check_unmerged("attach")
         check_compatible(self.methods, name, method)
         if not self.methods:
-            self._flags = {n: p.requires_grad for n, p in named_weights(self.model)}
-            for _, p in named_weights(self.model):
-                p.requires_grad_(False)
-            setattr(self.model, HANDLE, self)
-        for other in self.methods.values():
-            if other.kind == method.kind:
-                self._activate(other, False)
-        method.install(self.model)
-        self.methods[name] = method
-        self._activate(method, True)
+            self._check_alone()
+        with self._change("attach"):
+            if not self.methods:
+                self.flags = {n: p.requires_grad for n, p in named_weights(self.model)}
+                for _, p in named_weights(self.model):
+                    p.requires_grad_(False)
+                setattr(self.model, HANDLE, self)
+            for other in self.methods.values():
+                if other.kind == method.kind:
+                    self._activate(other, False)
+            method.install(self.model)
+            self.methods[name] = method
+            self._activate(method, True)
 
     def _take_off(self, name: str, fold: bool) -> None:
         method = self.methods.pop(name)
@@ -197,7 +220,7 @@ class Handle:
         method.uninstall(self.model, fold)
         if not self.methods:
             for n, p in self.model.named_parameters():
-                p.requires_grad_(self._flags.get(n, True))
+                p.requires_grad_(self.flags.get(n, True))
             delattr(self.model, HANDLE)
 
     @staticmethod
@@ -211,6 +234,36 @@ class Handle:
         if name in self.methods:
             taken = ", ".join(map(repr, self.methods))
             raise ValueError(f"the name {name!r} is taken, there are {taken}: detach it first")
+
+    @contextmanager
+    def _change(self, what: str) -> Iterator[None]:
+        """Around what a call changes: not inside a context, and all of it or nothing."""
+        self._check_outside(what)
+        with all_or_nothing(self):
+            yield
+
+    @contextmanager
+    def _open(self, context: str, methods: Collection[object]) -> Iterator[None]:
+        """Inside it the methods that it switched stay as they are."""
+        self._contexts += [context] if methods else []
+        try:
+            yield
+        finally:
+            self._contexts = self._contexts[:-1] if methods else self._contexts
+
+    def _check_outside(self, what: str) -> None:
+        if self._contexts:
+            raise ValueError(f"cannot {what} inside {self._contexts[-1]}: leave it first")
+
+    def _check_alone(self) -> None:
+        """Refuses a model within which, or around which, another handle's methods stand."""
+        for name, module in self.model.named_modules():
+            if name and isinstance(getattr(module, HANDLE, None), Handle):
+                raise ValueError(f"{name} has methods of its own: detach them first")
+            if isinstance(module, Wrapper):
+                raise ValueError(
+                    "the model is part of another that has methods: attach to that one"
+                )
 
     def _check_unmerged(self, what: str) -> None:
         if self._merged:

@@ -64,7 +64,7 @@ class IA3Output(WeightWrapper):
 
     def changed(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        return self.scale.to(y.dtype) * y
+        return (self.scale * y).to(y.dtype)  # in float32: 1.003 is 1 in bfloat16
 
     def new_weights(self) -> dict[str, Tensor]:
         new = {"weight": self.scale[:, None] * dense_weight(self.layer)}
@@ -86,7 +86,7 @@ class IA3Input(WeightWrapper):
         self.scale = ones(self.layer, self.layer.in_features)
 
     def changed(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(self.scale.to(x.dtype) * x)
+        y: Tensor = self.base((self.scale * x).to(x.dtype))
         return y
 
     def new_weights(self) -> dict[str, Tensor]:

@@ -132,11 +132,11 @@ class LoraLayer(WeightWrapper):
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.rows: tuple[Tensor, int] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not self.active or self.merged:
-            y: Tensor = self.base(x)
+            y: Tensor = self.base(input)
             return y
-        return self.changed(x) if self.rows is None else self.changed_rows(x)
+        return self.changed(input) if self.rows is None else self.changed_rows(input)
 
     def take_rows(self, rows: Tensor | None, batch: int = 0) -> None:
         self.rows = None if rows is None else (rows, batch)
@@ -187,7 +187,7 @@ class LoraLinear(LoraLayer):
         return y + (self.scaling * update).to(y.dtype)
 
     def delta(self) -> Tensor:
-        return self.scaling * (self.lora_b @ self.lora_a)
+        return self.scaling * product(self.lora_b, self.lora_a)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_a.data, "lora_B.weight": self.lora_b.data}
@@ -212,10 +212,16 @@ class LoraEmbedding(LoraLayer):
         return y + (self.scaling * update).to(y.dtype)
 
     def delta(self) -> Tensor:
-        return self.scaling * (self.lora_b @ self.lora_a).T
+        return self.scaling * product(self.lora_b, self.lora_a).T
 
     def tensors(self) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.lora_a.data, "lora_embedding_B": self.lora_b.data}
+
+
+def product(b: Tensor, a: Tensor) -> Tensor:
+    """B A in their own dtype, inside autocast, too: a merged weight keeps its digits."""
+    with torch.autocast(a.device.type, enabled=False):
+        return b @ a
 
 
 def build(

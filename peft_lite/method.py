@@ -72,6 +72,7 @@ class Method:
         for name, w in self.wrappers.items():
             wrapper.insert(model, name, w)
             w.begin()
+            w.in_place = True
         for weight in self.weights_once().values():
             weight.install()
         self.active = True
@@ -89,9 +90,8 @@ class Method:
         """Removes the method from the model; `fold` leaves its result in the model."""
         if not fold:
             self.activate(False)
-        for name, w in self.wrappers.items():
-            left = w.left() if fold else w.base
-            wrapper.remove(model, name, w, left)
+        for w in self.wrappers.values():
+            wrapper.remove(model, w, w.left() if fold else w.base)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@ Lester et al. 2021, https://arxiv.org/abs/2104.08691
 
     X' = [P; X]        P (K, D) trains, X (T, D) are the embeddings of the tokens
 
-The vectors take positions 0 to K - 1, the tokens those from K on; every token sees them, and states
-and logits are those of the tokens alone.  (A classifier that reads the first state of BERT reads
-that of the first vector, as in HF PEFT.)  K D parameters.
+The vectors take the first K positions, the tokens those after them.  Every token sees the vectors,
+and states and logits are those of the tokens alone.  (A classifier that reads the first state of
+BERT reads that of the first vector, as in HF PEFT.)  K D parameters.
 
 Shapes:  B batch   T time   D width   K prompt length
 """
@@ -77,8 +77,9 @@ class Prompt(Wrapper):
         position_ids = position_ids + K
         if start:
             x = torch.cat([self.prompt.to(x.dtype).expand(len(x), -1, -1), x], 1)
-            first = torch.arange(K, device=x.device).expand(len(position_ids), -1)
-            position_ids = torch.cat([first, position_ids], 1)
+            start_at = int(innermost(self).first)  # type: ignore[arg-type]
+            places = torch.arange(start_at, start_at + K, device=x.device)
+            position_ids = torch.cat([places.expand(len(position_ids), -1), position_ids], 1)
         return x, position_ids
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,6 +6,9 @@
 A wrapper calls its base, whatever that is: a layer with hooks or with a forward pass of its own, or
 another wrapper.  Patterns and checkpoint names never see wrappers: `named_layers` lists a model as
 if nothing were attached.
+
+A wrapper stands in for its base also where a model reads an attribute of the layer (`in_features`).
+A `weight` that is read is the merged one, so that a product with it is right, too.
 """
 
 from collections.abc import Iterator
@@ -36,6 +39,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.base = base
         self.active = True
+        self.in_place = False  # in the model
         self.training = base.training
 
     @property
@@ -43,10 +47,24 @@ class Wrapper(nn.Module):
         """Whether its output differs from the base's."""
         return self.active
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.changed(*inputs) if self.active else self.base(*inputs)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.changed(*inputs, **named) if self.active else self.base(*inputs, **named)
 
-    def changed(self, *inputs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        """An attribute that the wrapper lacks is the base's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not self.__dict__.get("in_place", False):
+                raise
+            return getattr(self.stands_for, name)
+
+    @property
+    def stands_for(self) -> nn.Module:
+        """The module whose attributes a model reads here."""
+        return self._modules["base"]  # type: ignore[return-value]
+
+    def changed(self, *inputs: Any, **named: Any) -> Any:
         """The layer's output with the method's change."""
         raise NotImplementedError
 
@@ -92,9 +110,28 @@ class WeightWrapper(Wrapper):
     def acts(self) -> bool:
         return self.active and not self.merged
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.changed(x) if self.acts else self.base(x)
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.changed(input) if self.acts else self.base(input)
         return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the change in it, for a model that reads it past the layer."""
+        return self._changed_weight("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, likewise."""
+        return None if self.layer.bias is None else self._changed_weight("bias")
+
+    def _changed_weight(self, name: str) -> Tensor:
+        below: Tensor = getattr(self.base, name)
+        if not self.acts:
+            return below
+        if any(w.acts for w in within(self)):
+            raise AttributeError(f"the {name} under two methods that act is none of them's")
+        new = self.new_weights().get(name)
+        return below if new is None else new.to(below.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
         """The merged `weight`, and `bias` where it changes: with them the plain layer is equal."""
@@ -104,10 +141,11 @@ class WeightWrapper(Wrapper):
     def merge(self, untie: bool) -> None:
         """Puts the merged weights into the layer and keeps the original ones."""
         layer = self.layer
+        merged = self.new_weights()
         if untie:
             self.tied = (layer.weight,)
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        for name, new in self.new_weights().items():
+        for name, new in merged.items():
             p = getattr(layer, name)
             setattr(self, f"original_{name}", p.data)
             p.data = new.to(p.dtype)
@@ -121,9 +159,22 @@ class WeightWrapper(Wrapper):
                 getattr(self.layer, name).data = original
                 setattr(self, f"original_{name}", None)
         if self.tied:
-            (self.layer.weight,) = self.tied
+            (shared,) = self.tied
+            if (shared.dtype, shared.device) != (self.layer.weight.dtype, self.layer.weight.device):
+                shared.data = (
+                    self.layer.weight.data
+                )  # the model moved, the shared one was not in it
+            self.layer.weight = shared
             self.tied = ()
         self.merged = False
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if self.merged:
+            raise ValueError(
+                "a state_dict while a method is merged would count its change twice: "
+                "unmerge or fold first"
+            )
+        super()._save_to_state_dict(*arguments)
 
 
 class Copied(Wrapper):
@@ -137,8 +188,12 @@ class Copied(Wrapper):
     def begin(self) -> None:
         self.copy = deepcopy(innermost(self.base)).requires_grad_(True)  # tied to nothing
 
-    def changed(self, *inputs: Any) -> Any:
-        return self.copy(*inputs)
+    def changed(self, *inputs: Any, **named: Any) -> Any:
+        return self.copy(*inputs, **named)
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.copy if self.active else self.base
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: p.data for name, p in self.copy.named_parameters()}
@@ -189,6 +244,8 @@ def merge_obstacle(layer: nn.Module) -> str | None:
         return f"{kind.__name__} has a forward pass of its own"
     if weight is None:
         return f"the weight of {kind.__name__} is parametrized or pruned"
+    if weight.is_meta:
+        return f"the weight of {kind.__name__} has no values: it lies on the meta device"
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return f"the weight of {kind.__name__} is packed as {weight.dtype}"
     if layer._forward_hooks or layer._forward_pre_hooks:
@@ -222,20 +279,32 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def insert(model: nn.Module, name: str, wrapper: Wrapper) -> None:
-    """Puts `wrapper` around the layer at `name`, inside the wrappers of greater depth."""
-    path = _path(model, name)
-    while isinstance(base := model.get_submodule(path), Wrapper) and base.depth > wrapper.depth:
-        path = f"{path}.base"
+    """Puts `wrapper` around the layer at `name`, inside the wrappers of greater depth; where the
+    layer has other names, at these, too.
+    """
+    base = model.get_submodule(_path(model, name))
+    while isinstance(base, Wrapper) and base.depth > wrapper.depth:
+        base = base.base
+    places = _places(model, base)
     wrapper.base = base
-    model.set_submodule(path, wrapper, strict=True)
+    for parent, key in places:
+        parent._modules[key] = wrapper
 
 
-def remove(model: nn.Module, name: str, wrapper: Wrapper, left: nn.Module) -> None:
-    """Replaces `wrapper` at the layer `name` by `left`."""
-    path = _path(model, name)
-    while model.get_submodule(path) is not wrapper:
-        path = f"{path}.base"
-    model.set_submodule(path, left, strict=True)
+def remove(model: nn.Module, wrapper: Wrapper, left: nn.Module) -> None:
+    """Replaces `wrapper` by `left`."""
+    for parent, key in _places(model, wrapper):
+        parent._modules[key] = left
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place of the model where this module stands."""
+    return [
+        (parent, key)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is module
+    ]
 
 
 def _path(model: nn.Module, name: str) -> str:

@@ -5,6 +5,7 @@
 Each `results.json` there is what `minigpt study` wrote, with the settings and the machine.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -113,8 +114,13 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m tools.claims").parse_args()
     page = DOCS / "claims.md"
     changed = not page.exists() or page.read_text() != ledger()
     page.write_text(ledger())
     print(f"claims.md: {'rewritten' if changed else 'as it was'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ Above stands the whole model, the same in every picture; below, one place of it 
 is GPT-Neo's, norms first; in BERT they follow the residual sums.
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,4 +404,5 @@ def main(folder: Path = FOLDER, end: str = "svg") -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m tools.pictures").parse_args()
     main()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from minigpt.checkpoints import gguf
 from minigpt.models.architecture import Architecture, Config
 from minigpt.models.architectures import ARCHITECTURES
 from minigpt.models.config import nearest, short
@@ -25,10 +26,10 @@ def read_config(directory: Path) -> tuple[Architecture, Config, dict[str, Any]]:
     Raises:
         ValueError: no such file, or one that asks for what is not supported.
     """
-    path = directory / "config.json"
+    path = directory if directory.suffix == ".gguf" else directory / "config.json"
     if not path.exists():
         raise ValueError(f"no config.json in {directory}")
-    raw = read_object(path)
+    raw = gguf.opened(path).config() if path.suffix == ".gguf" else read_object(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(

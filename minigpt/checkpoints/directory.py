@@ -72,7 +72,7 @@ def load(
     tensors = read_tensors(directory)
     names = architecture.names
     try:
-        tensors = _rename(tensors, names)
+        tensors = _rename(architecture.unpack(tensors), names)
         if architecture.other_class(raw):
             tensors = {n: t for n, t in tensors.items() if n.startswith(names.prefix)}
             head = head or "none"
@@ -110,7 +110,7 @@ def outline(source: str | Path, head: str | None = None) -> Model:
     Raises:
         ValueError: as `load`, as far as config.json tells; None is the head that it names.
     """
-    directory = find(source)
+    directory = find(source, weights=False)
     architecture, config, raw = read_config(directory)
     try:
         head = head or architecture.head_from(raw)
@@ -143,7 +143,7 @@ def save(model: Model, directory: str | Path) -> None:
                 tensors[second] = tensors[name].clone()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    storage.write_tensors(folder / "model.safetensors", tensors)
+    storage.write_tensors(folder / "model.safetensors", architecture.pack(tensors))
     storage.write_json(folder / "config.json", settings)
 
 

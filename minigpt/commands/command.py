@@ -93,5 +93,5 @@ def _print_summary(summary: dict[str, object], out: Path) -> None:
             )
     sample = out / "sample.txt"
     if sample.exists():
-        print(sample.read_text())
+        print(sample.read_text(encoding="utf-8"))
     print(f"in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

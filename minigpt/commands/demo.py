@@ -1,5 +1,6 @@
 """`make demo`: fine-tunes the bundled model on a tale in three ways, each in its own process."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ASSETS = Path(__file__).parents[1] / "assets"
-TALE = ASSETS / "tales" / "carroll.txt"
-COMMON = ["--model", "bundled", "--text", str(TALE), "--steps", "60", "--evaluate-every", "10"]
+from minigpt.settings.checks import check_installed
+
+TALE = "bundled-carroll"
+COMMON = ["--model", "bundled", "--text", TALE, "--steps", "60", "--evaluate-every", "10"]
 METHODS = {
     "full": ["--lr", "3e-4"],
     "freeze": ["--lr", "5e-4"],  # attention and embeddings stay, MLPs and norms train
@@ -23,6 +25,12 @@ METHODS = {
 
 def main() -> int:
     """Runs the three commands, prints one table and the samples, draws the losses."""
+    parser = argparse.ArgumentParser(prog="python -m minigpt.commands.demo", description=__doc__)
+    parser.parse_args()
+    try:
+        check_installed("matplotlib")
+    except ValueError as error:
+        parser.error(str(error))
     console = Console()
     out = new_folder()
     results: dict[str, dict[str, Any]] = {}
@@ -33,10 +41,12 @@ def main() -> int:
         status = subprocess.run(run, stdout=subprocess.DEVNULL, check=False).returncode
         if status:
             return status
-        results[method] = json.loads((out / method / "summary.json").read_text())
+        results[method] = json.loads((out / method / "summary.json").read_text(encoding="utf-8"))
     console.print(table(results))
     for method in results:
-        before, after = (out / method / "sample.txt").read_text().split("\n\n--- after ---\n")
+        before, after = (
+            (out / method / "sample.txt").read_text(encoding="utf-8").split("\n\n--- after ---\n")
+        )
         if method == "full":
             console.print(before, markup=False, highlight=False)
         console.print(f"\n--- after, {method} ---\n{after}", markup=False, highlight=False)
@@ -57,7 +67,7 @@ def new_folder() -> Path:
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """One row a method."""
     shown = Table(
-        title=f"GPT-Neo of {results['full']['total_parameters']:,} parameters, {TALE.name}",
+        title=f"GPT-Neo of {results['full']['total_parameters']:,} parameters, {TALE}",
         caption="held-out loss in nats a token; memory: before the model, peak",
     )
     names = ("method", "trainable", "%", "before", "after", "seconds", "start MB", "peak MB")
@@ -86,14 +96,14 @@ def plot(out: Path, results: dict[str, dict[str, Any]]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for (method, result), style in zip(results.items(), ("-", "--", ":"), strict=True):
-        lines = (out / method / "metrics.jsonl").read_text().splitlines()
+        lines = (out / method / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], style, label=method)
         held = [(0, result["heldout_loss_before"])]
         held += [(r["step"], r["heldout_loss"]) for r in rows if "heldout_loss" in r]
         colour = axes.lines[-1].get_color()
         axes.plot(*zip(*held, strict=True), "o", color=colour, label=f"{method}, held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=TALE.name)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=TALE)
     axes.legend(ncols=3, fontsize="small")
     figure.savefig(out / "losses.png", dpi=150)
     pyplot.close(figure)

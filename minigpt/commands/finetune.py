@@ -9,12 +9,14 @@ from torch import Tensor
 from minigpt.checkpoints.directory import load, save
 from minigpt.checkpoints.source import find
 from minigpt.commands.command import Run
-from minigpt.data.text import RandomWindows, consecutive_windows, read_text, split_text
+from minigpt.data.tales import text_of
+from minigpt.data.text import RandomWindows, consecutive_windows, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
 from minigpt.models.architecture import Decoder
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods, runs
+from minigpt.settings.device import DeviceOption
 from minigpt.settings.manifest import model_files
 from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
@@ -28,11 +30,11 @@ PROMPT, SAMPLE = 24, 120  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(MethodOptions, TrainingOptions):
+class Finetune(MethodOptions, TrainingOptions, DeviceOption):
     """The command's settings."""
 
     model: str = option('a model directory, a hub id, or "bundled"')
-    text: str = option("the text to learn from, UTF-8")
+    text: str = option("the text to learn from, UTF-8, or bundled-carroll or bundled-poe")
     lr: float | None = option(  # type: ignore[assignment]
         "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
         None,
@@ -44,13 +46,13 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes to OUT `model/` (full, freeze) or `adapter/` (all others), `metrics.jsonl`,
     `sample.txt` and `summary.json`; returns the summary.
     """
+    device = settings.find_device()
     before_model = memory.resident()
     lr = LR[settings.method] if settings.lr is None else settings.lr
     config = replace(settings, lr=lr)
-    text = read_text(Path(settings.text))
+    text = text_of(settings.text)
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(directory, head="causal-lm", device=device)
     tokenizer.check(model.config.vocab_size)
     train_ids, heldout_ids = (

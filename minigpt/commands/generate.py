@@ -11,11 +11,12 @@ from minigpt.commands.command import Query
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
 from minigpt.settings.checks import check_seed
+from minigpt.settings.device import DeviceOption
 from minigpt.settings.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(DeviceOption):
     """The command's settings."""
 
     model: str = option('a model directory, a hub id, or "bundled"')
@@ -31,9 +32,9 @@ class Generate:
 def generate_text(settings: Generate) -> None:
     """Prints the prompt and its continuation."""
     check_seed(settings.seed)
+    device = settings.find_device()
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(directory, head="causal-lm", device=device)
     tokenizer.check(model.config.vocab_size)
     if settings.adapter is not None:

@@ -12,26 +12,30 @@ import torch
 
 from minigpt.checkpoints.directory import save
 from minigpt.commands.command import Run
-from minigpt.data.text import IGNORED, read_text, split_text
+from minigpt.data.tales import text_of
+from minigpt.data.text import IGNORED, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.models.config import positive
 from minigpt.objectives.objective import Windows
 from minigpt.objectives.registry import OBJECTIVES
 from minigpt.settings import runs
+from minigpt.settings.device import DeviceOption
 from minigpt.settings.options import option, with_default
 from minigpt.settings.sizes import SizeOptions
 from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
-from minigpt.training.progress import progress_bar
+from minigpt.training.progress import progress_bar, say
 from minigpt.training.train import evaluate, train
 from peft_lite import storage
 
+WARMUP = 100
+
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(SizeOptions, TrainingOptions):
+class Pretrain(SizeOptions, TrainingOptions, DeviceOption):
     """The command's settings."""
 
-    text: list[str] = option("texts to learn from, UTF-8")
+    text: list[str] = option("texts to learn from, UTF-8, or bundled-carroll, bundled-poe")
     objective: str = option(
         "; ".join(f"{name}: {objective.about}" for name, objective in OBJECTIVES.items()),
         "clm",
@@ -42,7 +46,9 @@ class Pretrain(SizeOptions, TrainingOptions):
     sequence_length: int = option("tokens in a window, and positions of the model", 256)
     lr: float = with_default(TrainingOptions, "lr", 1e-3)
     schedule: str = with_default(TrainingOptions, "schedule", "cosine")
-    warmup_steps: int = with_default(TrainingOptions, "warmup_steps", 100)
+    warmup_steps: int | None = option(  # type: ignore[assignment]
+        f"updates of warm-up (default: {WARMUP}, at most a tenth of the steps)", None
+    )
     weight_decay: float = with_default(TrainingOptions, "weight_decay", 0.1)
     heldout: float = with_default(TrainingOptions, "heldout", 0.05)
     evaluate_every: int = with_default(TrainingOptions, "evaluate_every", 250)
@@ -51,22 +57,31 @@ class Pretrain(SizeOptions, TrainingOptions):
         "of the saved weights", "float32", choices=("float32", "bfloat16", "float16")
     )
 
+    def __post_init__(self) -> None:
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", min(WARMUP, self.schedule_length // 10))
+        super().__post_init__()
+
 
 def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes `OUT/model` (weights, config, tokenizer) and `OUT/summary.json`."""
+    device = settings.find_device()
     before_model = memory.resident()
     positive(settings, "vocab_size")
-    parts = [split_text(read_text(Path(file)), settings.heldout) for file in settings.text]
+    parts = [split_text(text_of(file), settings.heldout) for file in settings.text]
     train_texts, heldout_texts = zip(*parts, strict=True)
+    characters = sum(map(len, train_texts))
+    say(f"learns {settings.vocab_size:,} tokens from {characters:,} characters")
     objective = OBJECTIVES[settings.objective]
     tokenizer = objective.learn_tokenizer(train_texts, settings.vocab_size)
     torch.manual_seed(settings.seed)
-    model = objective.new_model(settings, tokenizer, settings.sequence_length)
+    model = objective.new_model(settings, tokenizer, settings.sequence_length).to(device)
 
     def windows(texts: tuple[str, ...]) -> Windows:
         length, size = settings.sequence_length, settings.batch_size
         return Windows(_join(texts, tokenizer), tokenizer, length, size, settings.seed)
 
+    say("turns the texts into tokens")
     learned = windows(train_texts)
     batches = objective.batches(learned)
     heldout = list(objective.heldout(windows(heldout_texts)))

@@ -15,6 +15,8 @@ from tokenizers import (
     trainers,
 )
 
+from minigpt.checkpoints import gguf
+from minigpt.checkpoints.source import named
 from peft_lite.json_files import check_types, printable, read_object, short
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -24,7 +26,7 @@ SETTINGS: dict[str, Any] = {  # of tokenizer_config.json, where they change the 
     "do_lower_case": bool,
     "strip_accents": bool | None,
     "tokenize_chinese_chars": bool,
-    "add_prefix_space": bool,
+    "add_prefix_space": bool | None,
     "added_tokens_decoder": dict[str, dict[str, str | bool]] | None,
 }
 UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than it has tokens
@@ -55,13 +57,16 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Reads the first of the three kinds of files that the directory holds, and what
-        tokenizer_config.json and added_tokens.json say beside it, as transformers does.
+        tokenizer_config.json and added_tokens.json say beside it, as transformers does; or that of
+        a .gguf file.  A name such as "bundled" stands for its directory.
 
         Raises:
             ValueError: there is none, it cannot be read, its vocabulary is empty, or an added
                 token has another id than the next.
         """
-        folder = Path(directory)
+        folder = named(directory)
+        if folder.suffix == ".gguf":
+            return cls(gguf.opened(folder).tokenizer())
         try:
             backend = _read(folder)
             if backend is not None:
@@ -186,8 +191,8 @@ def _apply(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
         chinese = settings.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
         normalizer.handle_chinese_chars = chinese
     if isinstance(splitter, pre_tokenizers.ByteLevel):
-        space = settings.get("add_prefix_space", splitter.add_prefix_space)
-        splitter.add_prefix_space = space
+        space = settings.get("add_prefix_space")
+        splitter.add_prefix_space = splitter.add_prefix_space if space is None else space
 
 
 def _add_tokens(

@@ -127,6 +127,8 @@ class Architecture:
         read: content of config.json -> config fields that are written in another form there.
         write: model -> fields of config.json in that form.
         lacking: config fields that config.json does not have.
+        unpack: a checkpoint's tensors -> the same, each that of one layer, as (out, in).
+        pack: the inverse of `unpack`.
     """
 
     model_type: str
@@ -147,6 +149,8 @@ class Architecture:
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     write: Callable[[Any], dict[str, Any]] = _nothing
     lacking: tuple[str, ...] = ()
+    unpack: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    pack: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
 
     def build(self, config: Config, head: str, num_labels: int = 2) -> Model:
         """A freshly initialised model.  Raises ValueError for a head that it cannot have."""

@@ -199,9 +199,8 @@ class Bert(Model):
         token_type_ids: Tensor | None,
     ) -> Tensor:
         """The states of the prompt, if any, and of the tokens."""
-        T = input_ids.size(1)
         if position_ids is None:
-            position_ids = positions(T, T, self.max_tokens, input_ids.device)
+            position_ids = self.position_ids(input_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         mask = None if attention_mask is None else self._mask(attention_mask)
@@ -209,6 +208,11 @@ class Bert(Model):
         for block in self.blocks:
             x = block(x, mask)
         return x
+
+    def position_ids(self, input_ids: Tensor) -> Tensor:
+        """0, 1, 2, ..., (1, T)."""
+        T = input_ids.size(1)
+        return positions(T, T, self.max_tokens, input_ids.device)
 
     def _of_tokens(self, x: Tensor) -> Tensor:
         return x[:, self.embeddings.prompt.length :]

@@ -69,6 +69,10 @@ class GPTNeoConfig:
                 "entries, each 'global' or 'local'"
             )
 
+    # no 1 / sqrt(N), no bias of query, key and value
+    attention_scale = 1.0
+    attention_bias = False
+
     @property
     def layers(self) -> tuple[str, ...]:
         """The kind of attention of each block: 'global' or 'local'."""
@@ -103,8 +107,8 @@ class Block(nn.Module):
         self.attention = Attention(
             width,
             config.num_heads,
-            scale=1.0,
-            bias=False,
+            scale=config.attention_scale,
+            bias=config.attention_bias,
             dropout=config.attention_dropout,
             window=config.window_size if kind == "local" else None,
         )
@@ -132,7 +136,8 @@ class GPTNeo(Decoder):
         super().__init__()
         self.config = config
         self.head_kind = head
-        self.names = NAMES.bare() if head == "none" else NAMES
+        names = self.architecture.names
+        self.names = names.bare() if head == "none" else names
         self.task_type = "FEATURE_EXTRACTION" if head == "none" else "CAUSAL_LM"  # for HF PEFT
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layers)
@@ -177,9 +182,10 @@ class GPTNeo(Decoder):
             attention_mask = F.pad(attention_mask, (prompt.length, 0), value=1)
         x = self.embeddings(input_ids, position_ids, start)
         T, S = x.size(1), cached + x.size(1)  # with the prompt
+        windows = {"global": None, "local": self.config.window_size}
         masks = {
-            "global": block_mask(T, S, None, attention_mask, input_ids.device),
-            "local": block_mask(T, S, self.config.window_size, attention_mask, input_ids.device),
+            kind: block_mask(T, S, windows[kind], attention_mask, input_ids.device)
+            for kind in {*self.config.layers}
         }
         for i, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
             x = block(x, *masks[kind], caches[i] if caches else None)

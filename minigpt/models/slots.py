@@ -25,10 +25,12 @@ class NoPrompt(nn.Module):
     Attributes:
         length: number of vectors before the tokens.
         shift: number of positions that these take from the tokens.
+        first: position of the first token.
     """
 
     length = 0
     shift = 0
+    first = 0
 
     def forward(self, x: Tensor, position_ids: Tensor, start: bool) -> tuple[Tensor, Tensor]:
         """Takes embedded tokens (B, T, D), their positions (B or 1, T), and whether the sequence

@@ -49,12 +49,12 @@ def check_inputs(stored: Files, present: Files, out: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Threads, versions and device: with others, the same computation gives other last bits."""
-    vector = torch.backends.cpu.get_cpu_capability()
+    """Threads, versions and machine: with others, the same computation gives other last bits."""
+    gpu = "a GPU" if torch.cuda.is_available() else "no GPU"
     return {
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "numpy", "minigpt")},
-        "device": "cuda" if torch.cuda.is_available() else f"cpu with {vector}",
+        "machine": f"{torch.backends.cpu.get_cpu_capability()}, {gpu}",
     }
 
 

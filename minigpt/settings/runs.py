@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from minigpt.settings.lock import LOCK
 
-ENVIRONMENT = ("threads", "versions", "device")  # minigpt/settings/manifest.py
+ENVIRONMENT = ("threads", "versions", "machine")  # minigpt/settings/manifest.py
 S = TypeVar("S")
 # what is imported within the functions below brings torch, which `--help` does without
 
@@ -96,7 +96,7 @@ def fill(kind: type[S], given: dict[str, Any]) -> S:
 
 def check_environment(out: Path, accepted: Sequence[str]) -> None:
     """Raises ValueError where the run in OUT, if there is one, had other threads, versions or
-    another device, unless that is accepted.
+    another machine, unless that is accepted.
     """
     from minigpt.settings import manifest
 

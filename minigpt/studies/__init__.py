@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from minigpt.checkpoints.source import find
 from minigpt.data import labelled
 from minigpt.settings import runs
+from minigpt.settings.checks import check_installed
 from minigpt.settings.manifest import model_files
 from minigpt.studies import report as reports
 from minigpt.studies.decoders import TALES
@@ -80,6 +81,7 @@ def command(name: str) -> tuple[type, Callable[[Any, Path, bool], dict[str, obje
 
 def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]:
     """Runs a study, or what is left of it.  Returns its summary."""
+    check_installed("matplotlib", "jinja2")
     module = study(name)
     todo = module.parts(settings)
     runs.claim(out, f"study {name}", settings, _inputs(settings))

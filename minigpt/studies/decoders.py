@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoints.directory import load
-from minigpt.checkpoints.source import ASSETS, find
-from minigpt.data.text import RandomWindows, read_text, split_text
+from minigpt.checkpoints.source import find
+from minigpt.data.tales import text_of
+from minigpt.data.text import RandomWindows, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
 from minigpt.models import architecture
@@ -27,8 +28,6 @@ from minigpt.objectives.causal import language_model_loss
 from minigpt.studies.training import Step, at_least, learn
 from minigpt.training.train import Probe, Row, TrainConfig
 
-CARROLL, POE = "bundled-carroll", "bundled-poe"  # the tales in the package
-TALES = {name: ASSETS / "tales" / f"{name.removeprefix('bundled-')}.txt" for name in (CARROLL, POE)}
 Rule = Callable[[str], bool]
 
 
@@ -56,11 +55,6 @@ def load_decoder(source: str, device: str | None = None) -> Decoder:
     model = load(directory, head="causal-lm", device=device)
     tokenizer.check(model.config.vocab_size)
     return Decoder(model, tokenizer)
-
-
-def text_of(source: str) -> str:
-    """The text in a file, or that of a bundled tale."""
-    return read_text(TALES.get(source) or Path(source))
 
 
 def token_ids(decoder: Decoder, source: str) -> Tensor:

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 import peft_lite
+from minigpt.data.tales import CARROLL
 from minigpt.data.text import RandomWindows, consecutive_windows
 from minigpt.metrics.intervals import Estimate, mean
 from minigpt.models.config import positive
@@ -44,7 +45,7 @@ from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import SEEDS, Finding, count
 from minigpt.studies.counts import lora_counts
-from minigpt.studies.decoders import CARROLL, load_decoder, split_ids
+from minigpt.studies.decoders import load_decoder, split_ids
 from minigpt.studies.figures import OTHERS, Figures, line, points
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.paired import differences

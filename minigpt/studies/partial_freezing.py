@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 import peft_lite
+from minigpt.data.tales import CARROLL, POE
 from minigpt.data.text import Batch, consecutive_windows
 from minigpt.generation import generate
 from minigpt.metrics.intervals import Estimate, share
@@ -49,8 +50,6 @@ from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
-    CARROLL,
-    POE,
     Decoder,
     Rule,
     Tuning,

@@ -1,5 +1,5 @@
 """The output of a study: `results.json`, `figures/*.png` and `report.html`, one page with the
-answer, then figures, tables, verdicts and the setting.
+answer, then verdicts, figures, tables and the setting.
 """
 
 import base64
@@ -7,12 +7,12 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+import minigpt
 from minigpt.studies.claims import SEEDS, Finding
 from peft_lite import storage
 
@@ -86,7 +86,7 @@ def write(
     storage.write_json(out / "results.json", content)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     setting = {**content["settings"], **content["machine"]}
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         figures=figures,
         findings=content["findings"],
@@ -121,8 +121,8 @@ def machine() -> dict[str, str]:
     """Processor and versions, which times and memory depend on besides the settings."""
     facts = {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
-        f"minigpt {version('minigpt')}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"minigpt {minigpt.__version__}",
     }
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()

@@ -33,6 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import peft_lite
+from minigpt.data.tales import CARROLL
 from minigpt.metrics.intervals import Estimate, difference, share
 from minigpt.metrics.popular_tokens import popular_share, popular_tokens
 from minigpt.models.architecture import Model
@@ -41,7 +42,6 @@ from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import Finding, above, below, count
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
-    CARROLL,
     Rule,
     Tuning,
     load_decoder,

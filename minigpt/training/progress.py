@@ -1,6 +1,7 @@
 """A progress bar: steps done, loss, speed and time left."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,15 +16,22 @@ from rich.progress import (
 
 from minigpt.training.train import Row
 
+PAUSE = 10  # seconds without a line, at most
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    print(f"minigpt: {text}", file=sys.stderr, flush=True)
+
 
 @contextmanager
 def progress_bar(title: str, steps: int, tokens_a_step: int) -> Iterator[Callable[[Row], None]]:
-    """Yields a function that shows a row of metrics on stderr: as a bar on a terminal, else as a
-    line for every tenth of the steps.
+    """Yields a function that shows a row of metrics on stderr: as a bar on a terminal, else as
+    lines: of the first step, of every tenth of the steps, and of a step after 10 s of silence.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda row: _line(title, steps, row)
+        yield _lines(title, steps)
         return
     columns = (
         TextColumn(title),
@@ -43,7 +51,15 @@ def progress_bar(title: str, steps: int, tokens_a_step: int) -> Iterator[Callabl
         yield show
 
 
-def _line(title: str, steps: int, row: Row) -> None:
-    step = int(row["step"])
-    if step == steps or step % max(1, steps // 10) == 0:
-        print(f"{title}: step {step}/{steps}, loss {row['loss']:.3f}", file=sys.stderr, flush=True)
+def _lines(title: str, steps: int) -> Callable[[Row], None]:
+    last = time.monotonic()
+
+    def show(row: Row) -> None:
+        nonlocal last
+        step, now = int(row["step"]), time.monotonic()
+        if step in (1, steps) or step % max(1, steps // 10) == 0 or now - last > PAUSE:
+            line = f"{title}: step {step}/{steps}, loss {row['loss']:.3f}"
+            print(line, file=sys.stderr, flush=True)
+            last = now
+
+    return show

@@ -121,7 +121,7 @@ def restore(
                 if (entry := f"optimizer.{key}.{name}") in tensors
             }
         torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors:
+        if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         return state
     return None

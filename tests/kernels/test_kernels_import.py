@@ -51,7 +51,7 @@ assert packed.numel() == w.numel() // 2 and 0 < (back - w).abs().max() < 0.2 * w
 """,
 }
 AFTER = """
-assert "kernels" not in sys.modules
+assert not hasattr(sys.modules.get("kernels"), "lora_linear")
 """
 
 
@@ -71,3 +71,53 @@ def test_the_module_is_our_folder() -> None:
 def test_our_distribution_brings_no_module_called_kernels() -> None:
     assert "minigpt" not in packages_distributions().get("kernels", [])
     assert distribution("minigpt").name == "minigpt"
+
+
+HIDDEN = """
+import sys
+sys.path.insert(0, project)
+import minigpt_kernels, kernels
+assert not hasattr(kernels, "lora_linear")
+assert not [name for name in sys.modules if name.startswith("kernels.lora")]
+"""
+# what Hugging Face's package looks like: a module with a submodule
+STRANGER = {
+    "__init__.py": "from .hub import get_kernel\n",
+    "hub.py": "def get_kernel(): return 5\n",
+}
+
+
+@pytest.mark.parametrize("program", ["", TRANSFORMERS], ids=["alone", "transformers"])
+def test_the_folder_on_the_path_is_no_second_copy(program: str, tmp_path: Path) -> None:
+    """In a checkout `import kernels` finds this folder: transformers asks, and gets nothing."""
+    program = f"project = {str(ROOT)!r}\n{HIDDEN}{program}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_folder_on_the_path_hides_no_other_package(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    for name, code in STRANGER.items():
+        (tmp_path / "kernels" / name).write_text(code)
+    program = f"""
+project = {str(ROOT)!r}
+{HIDDEN}
+import kernels.hub
+assert kernels.get_kernel() == kernels.hub.get_kernel() == 5
+assert kernels.__file__ == {str(tmp_path / "kernels" / "__init__.py")!r}
+"""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            f"import sys; sys.path.append({str(tmp_path)!r})\n{program}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ gulliver.txt (Gutenberg 829) and mobydick.txt (Gutenberg 2701); OUT/model is wha
 minigpt/assets/NAME.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from minigpt.commands.cli import main
@@ -51,4 +51,9 @@ def recipe(name: str, texts: Path, out: Path) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(recipe(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])))
+    parser = argparse.ArgumentParser(prog="python -m tools.recipes.models")
+    parser.add_argument("name", choices=SETTINGS)
+    parser.add_argument("texts", type=Path, help="folder of " + ", ".join(TEXTS))
+    parser.add_argument("out", type=Path, help="folder of the run")
+    given = parser.parse_args()
+    raise SystemExit(recipe(given.name, given.texts, given.out))

@@ -12,6 +12,7 @@ A classifier that counts words sees a good and a bad one in either; their places
 The two parts share plans and most words, but no frame.
 """
 
+import argparse
 import gzip
 import json
 import re
@@ -164,4 +165,5 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m tools.recipes.reviews").parse_args()
     write(FOLDER)

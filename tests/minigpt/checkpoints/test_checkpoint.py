@@ -727,7 +727,7 @@ def test_hub_that_does_not_answer_is_one_line(monkeypatch, error):
         minigpt.load("someone/model")
     assert "\n" not in str(caught.value)
     assert not str(error) or "cannot find it" in str(caught.value)
-    assert str(caught.value).endswith("; try bundled or bundled-bert")
+    assert str(caught.value).endswith("; try bundled, or bundled-bert for an encoder")
     assert caught.value.__suppress_context__
 
 

@@ -1,5 +1,6 @@
 """`minigpt pretrain`, both objectives: what it writes, and that a resumed run writes the same."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ import transformers
 
 import minigpt
 from minigpt.commands.cli import main
+from minigpt.commands.pretrain import Pretrain
 from minigpt.data.text import consecutive_windows, split_text
 from minigpt.objectives.masked import Masking, fixed_masked_windows
+from minigpt.objectives.registry import OBJECTIVES as OBJECTIVES_OFFERED
+from minigpt.training import progress
 from minigpt.training.train import Row
 
 OBJECTIVES: dict[str, Any] = {
@@ -181,5 +186,67 @@ def test_masked_pretraining_that_makes_no_sense(
         main([*options(text, tmp_path / "run", "mlm"), *more])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(rf"minigpt: error: [^\n]*({reason})[^\n]*\n", error), error
+    told = r"(minigpt: (learns|turns) [^\n]*\n)*"
+    assert re.fullmatch(rf"{told}minigpt: error: [^\n]*({reason})[^\n]*\n", error), error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "updates"),
+    [
+        ({}, 100),
+        ({"steps": 5}, 0),
+        ({"steps": 150}, 15),
+        ({"steps": 5, "schedule_steps": 300}, 30),
+        ({"steps": 50, "warmup_steps": 50}, 50),
+        ({"steps": 5, "warmup_steps": 0}, 0),
+    ],
+    ids=str,
+)
+def test_warm_up_fits_the_schedule(more: dict[str, int], updates: int) -> None:
+    assert Pretrain(text=["a"], **more).warmup_steps == updates
+
+
+def test_a_warm_up_that_is_given_is_checked() -> None:
+    with pytest.raises(ValueError, match="warmup_steps is 6, must be at most"):
+        Pretrain(text=["a"], steps=5, warmup_steps=6)
+
+
+def test_something_is_said_before_the_tokenizer_learns(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Learns(Exception):
+        pass
+
+    def stop(*arguments: object) -> None:
+        raise Learns
+
+    clm = replace(OBJECTIVES_OFFERED["clm"], learn_tokenizer=stop)
+    monkeypatch.setitem(OBJECTIVES_OFFERED, "clm", clm)
+    with pytest.raises(Learns):
+        main(options(text, tmp_path / "run", "clm"))
+    assert re.fullmatch(
+        r"minigpt: learns 270 tokens from [\d,]+ characters\n", capsys.readouterr().err
+    )
+
+
+def test_a_long_run_is_never_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for step 1, each tenth, and after ten seconds without one: here a step takes 4 s."""
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.progress_bar("run", 100, 1) as observe:
+        for step in range(1, 21):
+            observe({"step": step, "loss": 1.0, "seconds": 4.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(re.findall(r"step (\d+)/100", line)[0]) for line in lines] == [
+        1,
+        4,
+        7,
+        10,
+        13,
+        16,
+        19,
+        20,
+    ]

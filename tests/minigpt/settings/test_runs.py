@@ -102,12 +102,12 @@ def test_another_environment_is_refused_unless_it_is_accepted(
     assert now == {
         "threads": torch.get_num_threads(),
         "versions": {**now["versions"], "torch": torch.__version__},
-        "device": now["device"],
+        "machine": now["machine"],
     }
     other = {
         "threads": 64,
         "versions": {**now["versions"], "torch": "9.9"},
-        "device": "an abacus",
+        "machine": "an abacus",
     }
     monkeypatch.setattr(manifest, "environment", lambda: {**now, name: other[name]})
     said = resumed(out, capsys)

@@ -188,6 +188,8 @@ def test_a_report_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     assert "A &lt;title&gt;" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing comes from elsewhere
     assert page.count("data:image/png;base64,iVBOR") == 1
+    places = [page.index(f"<h2>{part}</h2>") for part in ("Claims", "Figures", "Tables", "Setting")]
+    assert places == sorted(places)
     for text in ("Three.", "two lines", "a note", "holds in direction", "89 against 120 s"):
         assert text in page
     results = json.loads((tmp_path / "results.json").read_text())

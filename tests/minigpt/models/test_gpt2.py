@@ -1,0 +1,131 @@
+"""GPT-2 against transformers, from random weights."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import minigpt
+import peft_lite
+from minigpt.checkpoints.directory import load, outline, save
+from minigpt.generation import generate
+from minigpt.models.gpt2 import GPT2, GPT2Config
+
+V, T = 61, 11
+SIZES = {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 3}
+
+
+def pair(folder: Path, **settings: Any) -> tuple[GPT2, Any]:
+    config = transformers.GPT2Config(**SIZES | settings)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(folder)
+    ours = load(folder)
+    assert isinstance(ours, GPT2)
+    return ours, theirs
+
+
+def ids() -> Tensor:
+    return torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(1))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"n_inner": 40, "activation_function": "relu"},
+    {"scale_attn_weights": False},
+    {"tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_logits_gradients_and_tokens_are_those_of_transformers(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    ours, theirs = pair(tmp_path, **settings)
+    x, dy = ids(), torch.randn(2, T, V, generator=torch.Generator().manual_seed(2))
+    got, want = ours(x), theirs(x).logits
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    (got * dy).sum().backward()
+    (want * dy).sum().backward()
+    given = {ours.names.to_hf(n): p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    wanted = {n: p.grad for n, p in theirs.named_parameters()}
+    assert ours.architecture.pack(given).keys() == wanted.keys()
+    for name, gradient in ours.architecture.pack(given).items():
+        expected = wanted[name]
+        limit = 3e-5 * float(expected.abs().max())
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=limit)
+    new = generate(ours, x, 12, temperature=0)
+    mask = torch.ones_like(x)
+    greedy = theirs.generate(
+        input_ids=x, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(new, greedy)
+
+
+@pytest.mark.parametrize("head", ["causal-lm", "none"])
+def test_what_is_saved_opens_in_transformers(head: str, tmp_path: Path) -> None:
+    _, theirs = pair(tmp_path / "a")
+    ours = load(tmp_path / "a", head=head)
+    save(ours, tmp_path / "b")
+    kind = transformers.GPT2LMHeadModel if head == "causal-lm" else transformers.GPT2Model
+    again = kind.from_pretrained(tmp_path / "b").eval()
+    want = theirs.state_dict()
+    prefix = "" if head == "causal-lm" else "transformer."
+    assert all(torch.equal(p, want[prefix + n]) for n, p in again.state_dict().items())
+
+
+def test_every_layer_is_plain(tmp_path: Path) -> None:
+    ours, _ = pair(tmp_path)
+    linear = [m for m in ours.modules() if isinstance(m, nn.Linear)]
+    assert len(linear) == 3 * 6 + 1
+
+
+@pytest.mark.parametrize("layer", ["mlp.c_fc", "attn.c_proj", "mlp.c_proj"])
+def test_a_lora_opens_in_peft_with_equal_logits(layer: str, tmp_path: Path) -> None:
+    import peft
+
+    ours, theirs = pair(tmp_path / "base")
+    handle = peft_lite.attach(ours, peft_lite.LoraConfig([layer], r=3, lora_alpha=5))
+    with torch.no_grad():
+        for p in ours.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.1)
+    handle.save(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D: it sets fan_in_fan_out itself
+        peer = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        want = peer(ids()).logits
+        assert (ours(ids()) - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+def test_an_adapter_of_c_attn_is_refused_by_name(tmp_path: Path) -> None:
+    ours, _ = pair(tmp_path)
+    with pytest.raises(ValueError, match="c_attn"):
+        peft_lite.attach(ours, peft_lite.LoraConfig(["c_attn"], r=3))
+
+
+def test_absent_fields_are_those_of_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    ours, theirs = outline(tmp_path).config, transformers.GPT2Config()
+    for name in GPT2Config.__dataclass_fields__:
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_a_setting_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="n_embd 25 is no multiple of n_head 3"):
+        GPT2Config(n_embd=25, n_head=3)
+    raw = {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx True is not supported"):
+        outline(tmp_path)
+    with pytest.raises(ValueError, match=r"c_attn\.weight has 10 outputs, must be a multiple of 3"):
+        minigpt.models.gpt2.unpack({"h.0.attn.c_attn.weight": torch.zeros(4, 10)})
