@@ -9,7 +9,7 @@ from torch import Tensor
 from minigpt.checkpoints.directory import load, save
 from minigpt.checkpoints.source import find
 from minigpt.commands.command import Run
-from minigpt.data.tales import text_of
+from minigpt.data.tales import text_file, text_of
 from minigpt.data.text import RandomWindows, consecutive_windows, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
@@ -70,7 +70,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         )
     if settings.checkpoint_activations:
         checkpoint_activations(model.blocks)
-    inputs = {"text": [Path(settings.text)], **model_files(directory)}
+    inputs = {"text": [text_file(settings.text)], **model_files(directory)}
     runs.claim(out, "finetune", settings, inputs)
 
     counts = report(model)

@@ -12,7 +12,7 @@ import torch
 
 from minigpt.checkpoints.directory import save
 from minigpt.commands.command import Run
-from minigpt.data.tales import text_of
+from minigpt.data.tales import text_file, text_of
 from minigpt.data.text import IGNORED, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.models.config import positive
@@ -85,7 +85,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     learned = windows(train_texts)
     batches = objective.batches(learned)
     heldout = list(objective.heldout(windows(heldout_texts)))
-    runs.claim(out, "pretrain", settings, {"text": map(Path, settings.text)})
+    runs.claim(out, "pretrain", settings, {"text": map(text_file, settings.text)})
     with progress_bar("pretrain", settings.steps, settings.tokens_a_step) as observe:
         rows = train(model, objective.loss, batches, settings, out, heldout, resume, observe)
 

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 from minigpt.checkpoints.source import find
 from minigpt.data import labelled
+from minigpt.data.tales import text_file
 from minigpt.settings import runs
 from minigpt.settings.checks import check_installed
 from minigpt.settings.manifest import model_files
 from minigpt.studies import report as reports
-from minigpt.studies.decoders import TALES
 from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
 
@@ -102,7 +102,7 @@ def _inputs(settings: Any) -> dict[str, list[Path]]:
     inputs = model_files(find(given["model"]))
     for name in ("text", "text2", "pretraining_text"):
         if source := given.get(name):
-            inputs[name] = [TALES.get(source) or Path(source)]
+            inputs[name] = [text_file(source)]
     if data := given.get("data"):
         folder = labelled.BUNDLED if data == "bundled" else Path(data)
         inputs["data"] = sorted([*folder.glob("train.*"), *folder.glob("test.*")])

@@ -120,7 +120,6 @@ def test_a_damaged_run_resumes_to_the_same_bits_or_is_refused(
     counts = check(range(24), stopped, tmp_path, capsys)
     assert counts["run.json", "refused"]
     assert counts["metrics.jsonl", "refused"]
-    assert counts["metrics.jsonl", "same"]  # damage behind the snapshot
     assert counts["snapshots/step-000004", "same"] == counts["snapshots/step-000005", "same"] == 6
 
 
