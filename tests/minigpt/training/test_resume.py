@@ -28,6 +28,7 @@ from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
 from minigpt.training import snapshot
+from minigpt.training.interrupt import stop_requested
 from minigpt.training.train import Interrupted, Row
 from peft_lite import storage
 from tests import tiny
@@ -123,6 +124,17 @@ def test_a_signal_stops_after_a_whole_step_with_a_snapshot(
     assert snapshots(tmp_path)[-1] == "step-000005"
     model, rows = started(tmp_path, resume=True)
     assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_a_signal_in_the_last_step_is_not_lost(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    with pytest.raises(Interrupted, match="after step 8 of 8"):
+        started(tmp_path, observe=stop_at(8))
+    model, rows = started(tmp_path, resume=True)
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+    with pytest.raises(Interrupted), stop_requested():
+        os.kill(os.getpid(), signal.SIGTERM)  # nobody looks any more
 
 
 def test_stopping_again_and_again(
