@@ -35,13 +35,27 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> Hand
     """Puts a saved method on `model`, one written here or by HF PEFT.
 
     Raises:
-        ValueError: a broken file, a setting that is not supported, or tensors that are missing,
-            unexpected or of another shape.  The model is unchanged.
+        ValueError: a broken file, a setting that is not supported, tensors that are missing,
+            unexpected or of another shape, or a model without values.  The model is unchanged.
     """
     folder = Path(directory)
     config, raw, tensors = files.read(folder)
     with all_or_nothing(handle_of(model)):
         handle = attach(model, config, name)
-        files.check_shape(model, handle.methods[name], raw, folder)
-        files.fill(handle.state(name), tensors, folder)
+        method = handle.methods[name]
+        files.check_shape(model, method, raw, folder)
+        places = handle.state(name)
+        if any(place.is_meta for place in places.values()):
+            raise ValueError(
+                f"{folder}: the model is on the meta device and has no values: load those first"
+            )
+        # of the model's own tensors, which are written where they are
+        own = [w.parameter.data for w in method.weights_once().values() if not w.keep]
+        values = [p.clone() for p in own]
+        try:
+            files.fill(places, tensors, folder)
+        except BaseException:
+            for p, value in zip(own, values, strict=True):
+                p.copy_(value)
+            raise
     return handle
