@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from minigpt.settings import lock
 from minigpt.settings.lock import LOCK, owned
 
 RACES = 50
@@ -74,6 +75,24 @@ def test_who_comes_second_changes_nothing(tmp_path: Path) -> None:
     with owned(tmp_path / "run"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_on_a_file_that_is_gone_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = lock._lock, []
+
+    def late(descriptor: int) -> None:
+        if not calls:
+            (tmp_path / LOCK).unlink()  # the owner before ends in this moment
+        calls.append(descriptor)
+        plain(descriptor)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with owned(tmp_path, wait=5):
+        assert (tmp_path / LOCK).exists()
+        with pytest.raises(ValueError, match="in use"), owned(tmp_path):
+            pass
 
 
 def test_a_dead_owner_leaves_the_folder_free(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_damaged_run_resumes_to_the_same_bits_or_is_refused(
 def test_many_damaged_runs(
     stopped: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts = check(range(100, 1100), stopped, tmp_path, capsys)
+    counts = check(range(100, 500), stopped, tmp_path, capsys)
     with capsys.disabled():
         for (kind, end), count in sorted(counts.items()):
             print(f"{kind:26}{end:10}{count:6}")

@@ -530,6 +530,25 @@ def test_killed_processes_resume_to_the_same_bytes(method: str, base: Path, tmp_
     assert_same_run(out, want, steps)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize(("method", "limit"), [("lora", 2500), ("full", 50_000)])
+def test_a_full_disk_is_told_in_one_line_and_loses_nothing(
+    method: str, limit: int, base: Path, tmp_path: Path
+) -> None:
+    command = options(base, tmp_path / "out", method, 4, 2)
+    shell = ["bash", "-c", f'ulimit -f {limit // 1024} && exec "$@"', "bash"]
+    run = subprocess.run(
+        [*shell, sys.executable, "-m", "minigpt", *command], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    (error,) = (line for line in run.stderr.splitlines() if not line.startswith(method))
+    assert re.match(r"minigpt: error: .*File too large.*snapshots/step-", error)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert main([*command, "--resume"]) == 0
+    assert main(options(base, tmp_path / "want", method, 4, 2)) == 0
+    assert_same_run(tmp_path / "out", tmp_path / "want", 4)
+
+
 def test_of_two_commands_one_has_the_folder(base: Path, tmp_path: Path) -> None:
     command = options(base, tmp_path / "out", "lora", 20, 10)
     both = [process(command) for _ in range(2)]
