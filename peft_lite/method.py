@@ -12,6 +12,12 @@ from peft_lite import wrapper
 from peft_lite.wrapper import Wrapper
 
 
+def check_trains(name: str, p: Tensor) -> None:
+    """Refuses a parameter that holds codes (int8, 4-bit, float8): steps would be lost."""
+    if p.dtype.itemsize == 1 or not (p.is_floating_point() or p.is_complex()):
+        raise ValueError(f"{name} is packed as {p.dtype}: it cannot train")
+
+
 class InPlace:
     """A weight of the model that trains in place.
 
@@ -60,6 +66,10 @@ class Method:
     weights: Mapping[str, InPlace] = field(default_factory=dict)
     active: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            check_trains(name, weight.parameter)
 
     def trained(self) -> list[nn.Parameter]:
         parts = [p for w in self.wrappers.values() for p in w.trained()]
