@@ -115,8 +115,8 @@ class Lab:
                         if kind == "warning":
                             self._warn(message)
             except (EOFError, OSError):
-                kind = "died"
-        child.join()
+                kind, message = "died", ""
+            child.join()
         if stop.is_set():
             raise Interrupted(f"{part.name}: {message or 'interrupted'}")
         if kind == "died":
