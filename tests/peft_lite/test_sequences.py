@@ -33,7 +33,7 @@ from peft_lite import (
 from peft_lite.handle import handle_of
 from tests.peft_lite.photo import photo
 
-SEQUENCES, CALLS, ROWS, V = int(os.environ.get("SEQUENCES", "250")), 12, 3, 7
+SEQUENCES, CALLS, ROWS, V = int(os.environ.get("SEQUENCES", "150")), 12, 3, 7
 KINDS = {DoraConfig: "lora", LoraConfig: "lora", IA3Config: "ia3", BiasConfig: "bias"}
 KINDS |= {BottleneckConfig: "bottleneck", FreezeConfig: "freeze"}
 
@@ -450,9 +450,7 @@ class Sequence:
     def check_plain(self) -> None:
         """Without methods the model has its own modules, weights and flags again."""
         kinds = [(n, type(m)) for n, m in self.model.named_modules(remove_duplicate=False)]
-        assert kinds == [
-            (n, type(m)) for n, m in self.base.named_modules(remove_duplicate=False)
-        ]
+        assert kinds == [(n, type(m)) for n, m in self.base.named_modules(remove_duplicate=False)]
         assert (self.model.head.weight is self.model.table.weight) == self.reference.tied
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, value in self.reference.weights.items():
