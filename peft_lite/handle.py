@@ -294,10 +294,9 @@ class Handle:
                 raise
 
     def _act(self, acting: Acting) -> None:
-        # those that rest first: others may change the same weights
-        for name in sorted(self.methods, key=acting.__contains__):
-            self.methods[name].activate(name in acting)
-            for wrapper in self.methods[name].wrappers.values():
+        for name, method in self.methods.items():
+            method.activate(name in acting)
+            for wrapper in method.wrappers.values():
                 wrapper.take_rows(*acting.get(name) or (None,))
 
     def _check_outside(self, what: str) -> None:
