@@ -52,7 +52,7 @@ def test_nothing_changes_inside_a_context(change: str, context: str, tmp_path: P
     with handle.enabled(False) if context == "enabled" else handle.rows(rows):
         inside, acting = photo(model), of(model, X)
         # nothing acts, so that there is nothing to merge
-        with pytest.raises(ValueError, match="inside (enabled|rows).*leave it first|not.* merge"):
+        with pytest.raises(ValueError, match=r"inside (enabled|rows).*leave it first|not.* merge"):
             CHANGES[change](handle, tmp_path)
         assert photo(model) == inside
         assert torch.equal(of(model, X), acting)

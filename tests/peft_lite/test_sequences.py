@@ -391,7 +391,7 @@ class Sequence:
             call = self.dice.choice(["attach", "switch", "detach", "fold", "load", "combine"])
             real, _ = getattr(self, call)()
             before = photo(self.model)
-            with pytest.raises(ValueError, match="."):
+            with pytest.raises(ValueError, match=r"."):
                 real()
             assert photo(self.model) == before, f"{call} inside a context"
             with self.handle.enabled(True):
