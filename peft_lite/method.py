@@ -30,20 +30,23 @@ class InPlace:
     def __init__(self, parameter: nn.Parameter, keep: bool = True) -> None:
         self.parameter, self.keep = parameter, keep
         self.other: Tensor | None = None  # the values not in the parameter
+        self.active = True
 
     def install(self) -> None:
+        """The tuned values start as a copy, the original tensor is kept."""
         if self.keep:
-            self.other = self.parameter.detach().clone()
+            self.other, self.parameter.data = self.parameter.data, self.parameter.data.clone()
 
     def tuned(self, active: bool) -> Tensor:
         """The tuned values."""
         return self.parameter.data if active or self.other is None else self.other
 
-    def swap(self) -> None:
-        """Exchanges original and tuned values."""
-        if self.other is not None:
+    def activate(self, active: bool) -> None:
+        """Puts the tuned or the original values into the parameter."""
+        if active != self.active and self.other is not None:
             p = self.parameter
             p.data, self.other = self.other.to(p.device, p.dtype), p.data
+        self.active = active
 
 
 @dataclass
@@ -96,9 +99,8 @@ class Method:
 
     def activate(self, active: bool) -> None:
         """Switches it on or off."""
-        if active != self.active:
-            for weight in self.weights_once().values():
-                weight.swap()
+        for weight in self.weights_once().values():
+            weight.activate(active)
         self.active = active
         for w in self.wrappers.values():
             w.active = active

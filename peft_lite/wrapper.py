@@ -180,12 +180,19 @@ class WeightWrapper(Wrapper):
         self.merged = False
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._check_unmerged()
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._check_unmerged()
+        super()._load_from_state_dict(*arguments)
+
+    def _check_unmerged(self) -> None:
         if self.merged:
             raise ValueError(
                 "a state_dict while a method is merged would count its change twice: "
                 "unmerge or fold first"
             )
-        super()._save_to_state_dict(*arguments)
 
 
 class Copied(Wrapper):

@@ -344,7 +344,7 @@ MUTANTS = [
         "detaching forgets what was frozen before",
         HERE,
         "peft_lite/handle.py",
-        "p.requires_grad_(self.flags.get(n, True))",
+        "p.requires_grad_(self.flags.get(n, p.requires_grad))",
         "p.requires_grad_(True)",
         "test_lora",
         "test_handle",
