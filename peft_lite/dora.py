@@ -5,7 +5,8 @@
          = g * (base(x) - b + s (drop(x) A^T) B^T) + b
 
 m starts as |W|, so that W' = W at first.  The bias stays outside: m scales the weight alone.
-The norm is a constant for the gradient (the paper's section 4.3) unless `detach_norm` is False.
+The norm is a constant for the gradient (the paper's section 4.3), and for a second one, unless
+`detach_norm` is False.
 Of an embedding table (V, D) the columns are decomposed: the norm runs over the vocabulary.  Its
 padding row stays.
 

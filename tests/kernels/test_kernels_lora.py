@@ -320,16 +320,26 @@ def test_the_operators_return_the_shapes_they_promise(backend: str, dropped: boo
     torch.library.opcheck(lora_operator.lora, (*given.values(), bits, 1.7, backend))
 
 
+@pytest.mark.parametrize("dy", ["constant", "of y"])
+@pytest.mark.parametrize(
+    "names", [("x", "weight", "bias", "lora_a", "lora_b"), ("lora_a", "lora_b")]
+)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("how", [*ROUTES, "compiled"])
-def test_a_product_of_the_hessian_is_that_of_the_plain_expression(how: str, p: float) -> None:
+@pytest.mark.parametrize("how", [*ROUTES, "compiled", "operator"])
+def test_a_product_of_the_hessian_is_that_of_the_plain_expression(
+    how: str, p: float, names: tuple[str, ...], dy: str
+) -> None:
     dtype = torch.float32 if how in ("triton", "fused") else torch.float64
-    names = ("x", "weight", "bias", "lora_a", "lora_b")
     given = trained(inputs(12, 13, 9, 4, dtype), *names)
     mask = drawn(12, 13, p, 5).to(dtype) / (1 - p) if p else 1.0
-    backend = "torch" if how == "compiled" else how
+    backend = how if how in ROUTES else "torch"
 
     def ours(given: dict[str, Tensor]) -> Tensor:
+        if how == "operator":
+            from minigpt_kernels import lora_operator
+
+            bits = keep(given["x"].detach(), p, torch.tensor(5)) if p else None
+            return lora_operator.lora(*given.values(), bits, 1.7 / (1 - p), backend)[0]
         return lora_linear(**given, scaling=1.7, dropout_p=p, seed=5, backend=backend)
 
     def plain(given: dict[str, Tensor]) -> Tensor:
@@ -338,12 +348,12 @@ def test_a_product_of_the_hessian_is_that_of_the_plain_expression(how: str, p: f
 
     def product(layer: Any) -> tuple[Tensor, ...]:
         random = torch.Generator().manual_seed(9)
-        grads = torch.autograd.grad(
-            layer(given).sin().sum(), list(given.values()), create_graph=True
-        )
+        leaves, y = [given[name] for name in names], layer(given)
+        loss = y.sin() if dy == "of y" else torch.linspace(-1, 1, y.numel()).view_as(y) * y
+        grads = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
         along = [torch.randn(g.shape, generator=random, dtype=dtype) for g in grads]
         total = sum((g * v).sum() for g, v in zip(grads, along, strict=True))
-        return torch.autograd.grad(total, list(given.values()))
+        return torch.autograd.grad(total, leaves, materialize_grads=True)
 
     layer = torch.compile(ours, backend="eager", fullgraph=True) if how == "compiled" else ours
     for got, want in zip(product(layer), product(plain), strict=True):
@@ -506,6 +516,14 @@ def test_a_route_is_that_of_its_measured_case_and_torch_elsewhere(
     path.write_text(f"{header}\n9.0,bfloat16,8000,4096,4096,16,False,cublas\n")
     with pytest.raises(ValueError, match="'cublas', must be in torch, triton, fused"):
         backends.read(path)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, -0.1, math.nan])
+@pytest.mark.parametrize("backend", ROUTES)
+def test_a_dropout_that_is_no_probability_below_one_is_refused(backend: str, p: float) -> None:
+    given = inputs(6, 13, 9, 4, torch.float32)
+    with pytest.raises(ValueError, match=rf"dropout_p is {p}, must lie in \[0, 1\)"):
+        lora_linear(**given, scaling=1.7, dropout_p=p, backend=backend)
 
 
 def test_an_unknown_backend_is_refused() -> None:

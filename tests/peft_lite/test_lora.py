@@ -412,6 +412,8 @@ def test_multihead_attention_reads_weights_past_the_layer_so_dropout_is_refused(
         ({"r": 0}, "r is 0"),
         ({"r": -1}, "r is -1"),
         ({"r": 2.5}, "r is 2.5"),
+        ({"r": np.int64(8)}, r"r is .*8.*, must be a whole number of at least 1 \(an int\)"),
+        ({"lora_alpha": np.float32(8)}, r"must be a positive number \(an int or float\)"),
         ({"rank_pattern": {"out": 0}}, "r is 0"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"lora_alpha": -2}, "lora_alpha is -2"),

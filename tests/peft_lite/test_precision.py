@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import minigpt
 import peft_lite
-from peft_lite import DoraConfig, IA3Config, LoraConfig
+from peft_lite import DoraConfig, IA3Config, LoraConfig, PrefixConfig
 
 
 class One(nn.Module):
@@ -80,3 +81,30 @@ def test_dora_in_half_precision_does_not_overflow() -> None:
     handle.merge()
     assert apart.isfinite().all()
     torch.testing.assert_close(apart, model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(["l"], r=2), DoraConfig(["l"], r=2)])
+@pytest.mark.parametrize("kind", ["linear", "table"])
+def test_what_a_norm_and_a_weight_are_does_not_depend_on_autocast(config: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    model = One(nn.Linear(24, 18) if kind == "linear" else nn.Embedding(24, 18))
+    handle = peft_lite.attach(model, config)
+    wrapper: Any = handle.methods["default"].wrappers["l"]
+    with torch.no_grad():
+        wrapper.lora_a.normal_()
+        wrapper.lora_b.normal_()
+    outside = [wrapper.weight, getattr(wrapper, "norm", wrapper.delta)()]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = [wrapper.weight, getattr(wrapper, "norm", wrapper.delta)()]
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_a_prefix_that_an_mlp_computes_is_saved_as_outside_autocast() -> None:
+    model = minigpt.GPTNeo(
+        minigpt.GPTNeoConfig(vocab_size=11, max_position_embeddings=16, hidden_size=8, num_heads=2)
+    )
+    handle = peft_lite.attach(model, PrefixConfig(3, prefix_projection=True))
+    outside = handle.state()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = handle.state()
+    assert torch.equal(inside["prompt_embeddings"], outside["prompt_embeddings"])

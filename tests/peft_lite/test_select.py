@@ -1,5 +1,6 @@
 """Patterns -> modules, compared with what HF PEFT targets on the same model of `transformers`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_a_pattern_without_a_match_is_named_with_real_names(
         select_modules(ours, patterns)
     assert f"target {wrong} matches no" in str(error.value)
     assert near in str(error.value)
+
+
+def test_the_end_of_a_name_given_as_a_string_is_shown_as_a_list(tmp_path: Path) -> None:
+    ours, _ = pair("gpt-neo", tmp_path)
+    for name in ("query", "q_proj"):
+        reason = re.escape(f"a string matches whole names, a list as ['{name}'] their ends")
+        with pytest.raises(ValueError, match=f"target '{name}' matches no .*{reason}") as error:
+            select_modules(ours, name)
+        assert "did you mean" not in str(error.value)
+        assert len(select_modules(ours, [name])) == len(select_modules(ours, rf".*\.{name}")) > 0
 
 
 def test_all_linear_of_a_model_without_linear_layers_is_an_error() -> None:
