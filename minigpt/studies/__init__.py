@@ -78,7 +78,7 @@ def command(name: str) -> tuple[type, Callable[[Any, Path, bool], dict[str, obje
 
 def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]:
     """Runs a study, or what is left of it.  Returns its summary."""
-    check_installed("matplotlib", "jinja2")
+    check_installed("matplotlib", "jinja2", "scipy")
     module = study(name)
     todo = module.parts(settings)
     runs.claim(out, f"study {name}", settings)
