@@ -29,20 +29,21 @@ def generate(
     """Prompts (B, T) -> prompts and continuations (B, up to T + max_new_tokens).
 
     Args:
-        attention_mask: (B, T), 0 for padding, at the left; positions count real tokens.
+        attention_mask: (B, T), 1 or 0 for padding, at the left; positions count real tokens.
         temperature: 0 takes the most likely token.
         eos_token_id: a row that has produced it is filled with it; generation ends when all rows
             have produced it.
         generator: source of randomness; None: torch's.
 
     Raises:
-        ValueError: a setting outside its range, padding at the right, more tokens than positions.
+        ValueError: a setting or a token outside its range, padding at the right, more tokens than
+            positions, or logits without a finite maximum.
     """
     _check(model, input_ids, max_new_tokens, attention_mask, temperature, top_k, top_p)
     _check_eos(model, eos_token_id)
     B, T = input_ids.shape
     padded = attention_mask is not None and not bool(attention_mask.all())
-    mask = attention_mask if padded else None
+    mask = attention_mask.long() if attention_mask is not None and padded else None
     position_ids = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     caches = model.new_caches(B, T + max_new_tokens)
     finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
@@ -71,9 +72,14 @@ def _choose(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Logits (B, V) -> one token id a row, (B, 1)."""
+    largest = logits.amax(-1, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("the model's logits are NaN or infinite: no token can be chosen")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
+    limits = torch.finfo(torch.float32)
+    # the largest is 0 first: however small the temperature, nothing overflows upwards
+    logits = (logits.float() - largest.float()) / min(max(temperature, limits.tiny), limits.max)
     if top_k is not None and top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -81,7 +87,8 @@ def _choose(
     if top_p is not None and top_p < 1:
         descending, order = p.sort(descending=True, stable=True)
         before = descending.cumsum(-1) - descending  # probability of all more likely tokens
-        p = p.scatter(-1, order, descending.masked_fill(before >= top_p, 0.0))
+        beyond = (before >= top_p) & (before > 0)  # in fp32 a tiny top_p is 0
+        p = p.scatter(-1, order, descending.masked_fill(beyond, 0.0))
     return torch.multinomial(p, 1, generator=generator)
 
 
@@ -96,6 +103,7 @@ def _check(
 ) -> None:
     if input_ids.dim() != 2 or input_ids.size(1) == 0:
         raise ValueError(f"input_ids is {list(input_ids.shape)}, must be (B, T) with T at least 1")
+    _check_ids(model, input_ids)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must not be negative")
     if not 0 <= temperature < float("inf"):
@@ -110,7 +118,9 @@ def _check(
                 f"attention_mask is {list(attention_mask.shape)}, "
                 f"input_ids {list(input_ids.shape)}: must be the same"
             )
-        real = (attention_mask != 0).long()
+        real = (attention_mask == 1).long()
+        if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+            raise ValueError("attention_mask must be 1 for real tokens, 0 for padding, and no else")
         if not bool(real[:, -1].all()) or bool((real.diff(dim=1) < 0).any()):
             raise ValueError("attention_mask: padding must stand at the left, real tokens after it")
     limit = model.max_tokens
@@ -119,6 +129,17 @@ def _check(
             f"{input_ids.size(1)} tokens and {max_new_tokens} new ones exceed the {limit} "
             "positions of the model"
         )
+
+
+def _check_ids(model: Decoder, input_ids: Tensor) -> None:
+    size = model.config.vocab_size
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids are of {input_ids.dtype}, must be whole numbers")
+    if input_ids.numel():
+        low, high = torch.stack(input_ids.aminmax()).tolist()
+        if low < 0 or high >= size:
+            bad = low if low < 0 else high
+            raise ValueError(f"input_ids holds {bad}, must lie in [0, {size})")
 
 
 def _check_eos(model: Decoder, eos_token_id: int | None) -> None:

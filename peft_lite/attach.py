@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_lite import files
 from peft_lite.handle import Handle, handle_of
+from peft_lite.json_files import printable
 from peft_lite.methods import method_of
 from peft_lite.undo import all_or_nothing
 
@@ -35,13 +37,17 @@ def load(model: nn.Module, directory: str | Path, name: str = "default") -> Hand
     """Puts a saved method on `model`, one written here or by HF PEFT.
 
     Raises:
-        ValueError: a broken file, a setting that is not supported, or tensors that are missing,
-            unexpected or of another shape.  The model is unchanged.
+        ValueError: a broken file, a setting that is not supported, tensors that are missing,
+            unexpected, of another shape or kind or not finite, or copies of weights that are not
+            this model's.  The message is one line; the model is unchanged.
     """
-    folder = Path(directory)
-    config, raw, tensors = files.read(folder)
+    handle_of(model).check_name(name)
     with all_or_nothing(handle_of(model)):
-        handle = attach(model, config, name)
-        files.check_shape(model, handle.methods[name], raw, folder)
-        files.fill(handle.state(name), tensors, folder)
+        try:
+            config, tensors = files.read(model, Path(directory))
+            handle = attach(model, config, name)
+        except ValueError as error:
+            raise ValueError(printable(str(error), 1000)) from None
+        with torch.no_grad():
+            files.fill(model, handle.methods[name], tensors)
     return handle

@@ -12,6 +12,7 @@ from peft_lite.compatible import check_compatible
 from peft_lite.method import Method
 from peft_lite.report import Report, report
 from peft_lite.select import nearest
+from peft_lite.tensor_files import check_finite
 from peft_lite.undo import all_or_nothing
 from peft_lite.wrapper import (
     WeightWrapper,
@@ -135,6 +136,9 @@ class Handle:
         Args:
             name: the method to merge; None: all active ones.
             untie: give a weight that is tied to another a copy of its own; otherwise it is refused.
+
+        Raises:
+            ValueError: a method has no merged form, or holds NaN or an infinite number.
         """
         chosen, tied = self._to_merge(self.active if name is None else [name], untie)
         if not chosen:
@@ -184,14 +188,22 @@ class Handle:
                 self._take_off(each, fold=False)
 
     def state(self, name: str | None = None) -> dict[str, Tensor]:
-        """A method's tensors under the names of HF PEFT's files; None: of the only method."""
-        return files.state(self.model, self._only(name))
+        """Copies of a method's tensors under the names of HF PEFT's files; None: of the only one.
+
+        They are those of its file: what it trains, and what else changed or was initialised.
+        """
+        return {n: t.clone() for n, t in files.state(self.model, self._only(name)).items()}
 
     def save(self, directory: str | Path, name: str | None = None) -> None:
-        """Writes `adapter_config.json` and `adapter_model.safetensors` of a method."""
+        """Writes `adapter_config.json` and `adapter_model.safetensors` of a method.
+
+        Raises:
+            ValueError: a tensor holds NaN or an infinite number, or an adapter is merged.
+        """
         method = self._only(name)
         self._check_unmerged("save")
-        files.write(Path(directory), files.config_json(self.model, method), self.state(name))
+        tensors = files.state(self.model, method)
+        files.write(Path(directory), files.config_json(self.model, method), tensors)
 
     def put(self, name: str, method: Method) -> None:
         """Puts a built method on the model and activates it (the last step of `attach`)."""
@@ -305,6 +317,7 @@ class Handle:
             uses.setdefault(id(p), []).append(weight)
         for name in names:
             method = self._method(name)
+            check_finite(files.trained_tensors(self.model, method))
             if not method.active:
                 raise ValueError(f"{name!r} is not active: switch to it, then merge")
             for place, wrapper in method.wrappers.items():

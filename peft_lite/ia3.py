@@ -19,7 +19,7 @@ from peft_lite import fields, saved
 from peft_lite.method import Method, MethodSpec
 from peft_lite.options import names, option, target
 from peft_lite.select import Patterns, check_patterns, hf_name, select_modules
-from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight
+from peft_lite.wrapper import Copied, WeightWrapper, Wrapper, dense_weight
 
 PAPER, PAPER_FEEDFORWARD = ("key", "value", "mlp.down"), ("mlp.down",)
 
@@ -120,14 +120,17 @@ def build(model: nn.Module, config: IA3Config) -> Method:
 
 def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
     """Its lines of `adapter_config.json`."""
-    outputs, inputs = (
-        {hf_name(model, n) for n, w in method.wrappers.items() if isinstance(w, kind)}
-        for kind in (IA3Output, IA3Input)
-    )
+    layers = {n: w for n, w in method.wrappers.items() if not isinstance(w, Copied)}
+    inputs = {hf_name(model, n) for n, w in layers.items() if isinstance(w, IA3Input)}
+    targets = fields.targets(model, layers)
+    # PEFT wants some of the targets, and matches them with no dot before
+    ends = [t for t in targets if any(n.endswith(t) for n in inputs)]
+    scaled = {hf_name(model, n) for n in layers if hf_name(model, n).endswith(tuple(ends))}
+    listed = isinstance(targets, list) and scaled == inputs
     return {
         "peft_type": "IA3",
-        "target_modules": fields.shortest_ends(model, outputs | inputs),
-        "feedforward_modules": fields.shortest_ends(model, inputs) if inputs else [],
+        "target_modules": targets,
+        "feedforward_modules": ends if listed else fields.whole_names(inputs),
         "fan_in_fan_out": False,
         "init_ia3_weights": True,
     }

@@ -117,12 +117,12 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def printable(text: str) -> str:
+def printable(text: str, limit: int = 200) -> str:
     """A text from a file, or a library's words about it, for a message: one line, cut, and free
     of what a terminal obeys.
     """
     text = text if text.isprintable() else json.dumps(text)[1:-1]
-    return text if len(text) <= 200 else text[:197] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

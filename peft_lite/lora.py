@@ -35,12 +35,13 @@ from peft_lite.select import (
     Patterns,
     check_layers,
     check_patterns,
-    hf_name,
     in_layers,
     resolve_pattern,
     select_modules,
 )
 from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight
+
+MAX = torch.finfo(torch.float32).max
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class LoraConfig:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"rank r is {r}, must be a whole number of at least 1")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not _is_number(alpha) or not 0 < alpha < math.inf:
+            if not _is_number(alpha) or not 0 < alpha <= MAX:
                 raise ValueError(f"lora_alpha is {alpha}, must be a positive number")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, must lie in [0, 1)")
@@ -297,7 +298,7 @@ HARMLESS = {"ensure_weight_tying", "eva_config", "megatron_core", "qalora_group_
 def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
     """Its lines of `adapter_config.json`."""
     config = method.config
-    layers = {hf_name(model, n): w for n, w in method.wrappers.items() if isinstance(w, LoraLayer)}
+    layers = {n: w for n, w in method.wrappers.items() if isinstance(w, LoraLayer)}
     ranks = {name: len(layer.lora_a) for name, layer in layers.items()}
     alphas = {name: layer.alpha for name, layer in layers.items()}
     return {
@@ -307,9 +308,9 @@ def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": False,
-        "target_modules": fields.shortest_ends(model, set(layers)),
-        "rank_pattern": {n: r for n, r in ranks.items() if r != config.r},
-        "alpha_pattern": {n: a for n, a in alphas.items() if a != config.lora_alpha},
+        "target_modules": fields.targets(model, layers),
+        "rank_pattern": fields.pattern(model, ranks, config.r),
+        "alpha_pattern": fields.pattern(model, alphas, config.lora_alpha),
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,

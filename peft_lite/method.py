@@ -48,6 +48,7 @@ class Method:
         kind: of the methods of one kind, one is active at a time.
         wrappers: by the name of the layer they are around.
         weights: the model's own weights that train, by name.
+        buffers: the model's own as they were when it was attached; training changes statistics.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Method:
     wrappers: Mapping[str, Wrapper]
     weights: Mapping[str, InPlace] = field(default_factory=dict)
     active: bool = False
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def trained(self) -> list[nn.Parameter]:
         parts = [p for w in self.wrappers.values() for p in w.trained()]
@@ -69,6 +71,11 @@ class Method:
         return {name: self.weights[name] for name in first.values()}
 
     def install(self, model: nn.Module) -> None:
+        self.buffers = {
+            name: b.detach().clone()
+            for name, b in wrapper.named_buffers(model)
+            if b.is_floating_point() or b.numel() == 1  # else packed weights
+        }
         for name, w in self.wrappers.items():
             wrapper.insert(model, name, w)
             w.begin()

@@ -226,7 +226,6 @@ def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
     width = layers[0].tensors()["prompt_embeddings"].size(1) // (2 * len(layers))
     return {
         "peft_type": "PREFIX_TUNING" if config.form == "peft" else "PREFIX",
-        "task_type": getattr(model, "task_type", None),
         "num_virtual_tokens": config.num_virtual_tokens,
         "token_dim": width,
         "num_layers": len(layers),

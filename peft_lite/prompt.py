@@ -110,7 +110,6 @@ def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
     width = prompt.prompt.size(1)
     return {
         "peft_type": "PROMPT_TUNING",
-        "task_type": getattr(model, "task_type", None),
         "num_virtual_tokens": len(prompt.prompt),
         "token_dim": width,
         "num_layers": len(attentions),

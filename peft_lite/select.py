@@ -5,7 +5,10 @@ A module has a native name (`blocks.3.attention.query`) and, where the model car
 """
 
 import difflib
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -16,6 +19,15 @@ from peft_lite.wrapper import innermost, named_layers, named_weights
 Patterns = str | Sequence[str]
 V = TypeVar("V")
 
+SECONDS = 5  # that the expressions of a file may take on the names of a model
+MATCH_ALL = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+for regex in map(re.compile, expressions):
+    for name in names:
+        regex.fullmatch(name), regex.search(name)
+"""
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'query'?)`, or nothing when no valid name is near."""
@@ -24,9 +36,49 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def hf_name(model: nn.Module, name: str) -> str:
-    """The checkpoint's name of a module or parameter; its own where the model has no table."""
-    names = getattr(model, "names", None)
-    return name if names is None else names.to_hf(name)
+    """The checkpoint's name of a module or parameter; its own where the model has no table.
+
+    What `torch.compile` and data parallel training put around a model is no part of it.
+    """
+    name = uncompiled(name)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model, name = model.module, name.removeprefix("module.")
+    to_hf: Callable[[str], str] | None
+    to_hf = getattr(getattr(model, "names", None), "to_hf", None)
+    return name if to_hf is None else to_hf(name)
+
+
+def uncompiled(name: str) -> str:
+    """A name without the `_orig_mod` of `torch.compile`."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def check_expressions(model: nn.Module, expressions: Iterable[str]) -> None:
+    """Refuses regular expressions of a file that are none, or would take too long on this model.
+
+    `(a+)+$` can take years.  Another process tries the expressions on the model's names first, so
+    that it can be stopped; plain names need no trial.
+
+    Raises:
+        ValueError: an expression cannot be compiled, or all take more than `SECONDS`.
+    """
+    tried = [e for e in expressions if not re.fullmatch(r"[\w.-]*", e)]
+    if not tried:
+        return
+    native = [name for name, _ in named_layers(model)] + [n for n, _ in named_weights(model)]
+    names = sorted({s for n in native for s in (n, hf_name(model, n))})
+    command = [sys.executable, "-I", "-S", "-c", MATCH_ALL]
+    try:
+        result = subprocess.run(
+            command, input=json.dumps([tried, names]).encode(), capture_output=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"the regular expression {max(tried, key=len)!r} takes more than {SECONDS} seconds"
+        ) from None
+    if result.returncode:
+        reason = (result.stderr.decode(errors="replace").splitlines() or ["it crashes"])[-1]
+        raise ValueError(f"one of {tried} is not a regular expression: {reason}")
 
 
 def select_modules(
@@ -142,8 +194,11 @@ def resolve_pattern(
 
 
 def ends_with(name: str, pattern: str) -> bool:
-    """`output.dense` is `encoder.layer.0.output.dense`'s end, `put.dense` is not."""
-    return f".{name}".endswith(f".{pattern}")
+    """`output.dense` is `encoder.layer.0.output.dense`'s end, `put.dense` is not.
+
+    `^output.dense` is a whole name.
+    """
+    return f"^{name}" == pattern or f".{name}".endswith(f".{pattern}")
 
 
 def _ends_with(pattern: str) -> Callable[[str], object]:
@@ -162,7 +217,7 @@ def _any(matches: Callable[[str], object], model: nn.Module, name: str) -> bool:
 def _regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 

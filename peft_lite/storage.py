@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,10 +26,9 @@ def writing(final: Path) -> Iterator[Path]:
 
     A file of that name that is there already, or a link, is removed and never followed.
     """
-    partial = final.with_name(final.name + ".partial")
+    partial = _partial(final)
     partial.unlink(missing_ok=True)
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = partial.stat().st_mode  # what the umask allows; safetensors makes files of mode 600
+    mode = _create(partial)
     try:
         yield partial
         partial.chmod(mode)
@@ -61,11 +61,54 @@ def write_tensors(
 ) -> None:
     """Writes named tensors as safetensors."""
     with writing(final) as partial:
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()},
-            partial,
-            metadata={"format": "pt"} if metadata is None else dict(metadata),
-        )
+        save_tensors(tensors, partial, {"format": "pt"} if metadata is None else dict(metadata))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes the file itself.  Raises OSError where the library has a word of its own."""
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+
+
+def write_pair(
+    tensors: Path, named: Mapping[str, Tensor], config: Path, content: Mapping[str, Any]
+) -> None:
+    """Writes tensors and the config that belongs to them; `config_of_pair` finds the one to read.
+
+    Both are on the disk under their partial names before the tensors are renamed, then the config.
+    So a config's partial file without the tensors' is whole, and belongs to them.
+    """
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    new_tensors, new_config = _partial(tensors), _partial(config)
+    if config_of_pair(tensors, config) == new_config:
+        os.replace(new_config, config)  # an earlier writing was ended between its two renamings
+    new_config.unlink(missing_ok=True)  # first, as it would count without the other
+    new_tensors.unlink(missing_ok=True)
+    try:
+        mode = _create(new_tensors)
+        save_tensors(named, new_tensors, {"format": "pt"})
+        new_tensors.chmod(mode)
+        flush(new_tensors)
+        _create(new_config)
+        new_config.write_text(text, encoding="utf-8")
+        flush(new_config)
+        flush(config.parent)
+    except BaseException:
+        new_config.unlink(missing_ok=True)
+        new_tensors.unlink(missing_ok=True)
+        raise
+    os.replace(new_tensors, tensors)
+    flush(config.parent)
+    os.replace(new_config, config)
+    flush(config.parent)
+
+
+def config_of_pair(tensors: Path, config: Path) -> Path:
+    """Where the config of `write_pair` stands, whichever moment ended the writing."""
+    ended_between = _partial(config).exists() and not _partial(tensors).exists()
+    return _partial(config) if ended_between else config
 
 
 def replace_folder(written: Path, final: Path) -> None:
@@ -85,3 +128,16 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(final.name + ".partial")
+
+
+def _create(path: Path) -> int:
+    """Makes an empty file, never through a link, and gives the mode that the umask allows.
+
+    safetensors makes files of mode 600.
+    """
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path.stat().st_mode

@@ -196,7 +196,9 @@ class Copied(Wrapper):
         return self.copy if self.active else self.base
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: p.data for name, p in self.copy.named_parameters()}
+        module = getattr(self, "copy", innermost(self.base))  # the module itself, before `begin`
+        tensors = {name: p.data for name, p in module.named_parameters()}
+        return tensors | dict(named_buffers(module))
 
     def left(self) -> nn.Module:
         return self.copy
@@ -276,6 +278,14 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, layer in named_layers(model):
         for end, p in layer.named_parameters(recurse=False):
             yield f"{name}.{end}" if name else end, p
+
+
+def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a checkpoint of the model holds, as if nothing were attached."""
+    for name, layer in named_layers(model):
+        for end, b in layer.named_buffers(recurse=False):
+            if end not in layer._non_persistent_buffers_set:
+                yield f"{name}.{end}" if name else end, b
 
 
 def insert(model: nn.Module, name: str, wrapper: Wrapper) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.checkpoints.config import read_config
-from minigpt.checkpoints.source import find, read_tensors
+from minigpt.checkpoints.source import find, is_local, read_tensors
 from minigpt.models.architecture import (
     Architecture,
     Decoder,
@@ -96,6 +96,8 @@ def load(
         fresh = _missing(model, state, architecture)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+    model.name_or_path = str(directory.resolve() if is_local(source) else source)
+    model.fresh = frozenset(fresh)
     if fresh:
         _initialize(model, dtype, torch.device(device))
         logger.warning(

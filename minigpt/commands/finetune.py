@@ -22,7 +22,7 @@ from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
 from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
-from minigpt.training.progress import progress_bar
+from minigpt.training.progress import progress_bar, text_bar
 from minigpt.training.train import checkpoint_activations, evaluate, train
 from peft_lite import report, storage
 
@@ -55,9 +55,10 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     tokenizer = Tokenizer.load(directory)
     model = load(directory, head="causal-lm", device=device)
     tokenizer.check(model.config.vocab_size)
-    train_ids, heldout_ids = (
-        torch.tensor(tokenizer.encode(part)) for part in split_text(text, settings.heldout)
-    )
+    with text_bar("tokens of the text", len(text)) as show:
+        learned, rest = split_text(text, settings.heldout)
+        train_ids = tokenizer.ids(learned, show)
+        heldout_ids = tokenizer.ids(rest, lambda done: show(len(learned) + done))
     length, size = settings.sequence_length, settings.batch_size
     batches = RandomWindows(train_ids, length, size, settings.seed)
     heldout = list(consecutive_windows(heldout_ids, length, size))

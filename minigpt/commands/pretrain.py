@@ -25,7 +25,7 @@ from minigpt.settings.options import option, with_default
 from minigpt.settings.sizes import SizeOptions
 from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
-from minigpt.training.progress import progress_bar, say
+from minigpt.training.progress import progress_bar, say, text_bar
 from minigpt.training.train import evaluate, train
 from peft_lite import storage
 
@@ -121,8 +121,12 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
 
 def _join(texts: tuple[str, ...], tokenizer: Tokenizer) -> torch.Tensor:
     """All texts in one row of tokens, (n,), each followed by the end-of-text token."""
-    end = tokenizer.end_of_text
-    return torch.tensor([i for text in texts for i in [*tokenizer.encode(text), end]])
+    end = torch.tensor([tokenizer.end_of_text], dtype=torch.int32)
+    rows = []
+    for text in texts:
+        with text_bar("tokens of a text", len(text)) as show:
+            rows += [tokenizer.ids(text, show), end]
+    return torch.cat(rows)
 
 
 COMMAND = Run(Pretrain, pretrain)

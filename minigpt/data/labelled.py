@@ -1,14 +1,14 @@
 """Texts with a label, 0 negative or 1 positive, from a file:  read_labelled("mine.csv").
 
-`.jsonl` holds one object a line, `.csv` a header; both may end in `.gz`.  The fields are `text` and
-`label`, or `review` and `sentiment`, as in copies of IMDB (Maas et al. 2011, "Learning Word Vectors
-for Sentiment Analysis").
+`.jsonl` holds one object a line, `.csv` a header; both may end in `.gz` and have empty lines.  The
+fields are `text` and `label`, or `review` and `sentiment`, as in copies of IMDB (Maas et al. 2011,
+"Learning Word Vectors for Sentiment Analysis").
 """
 
 import csv
 import gzip
 import io
-import json
+import re
 import zlib
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -17,10 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from peft_lite.json_files import parse_object
+
 Rows = list[tuple[str, int]]
 
 LABELS = ("negative", "positive")
-VALUES = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
+VALUES = {
+    **{"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1},
+    **{"false": 0, "true": 1, "0.0": 0, "1.0": 1},  # as other programs write 0 and 1
+}
+MAX_BYTES = 2**29  # of a file, unpacked: ten times the reviews of IMDB
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
 BUNDLED = Path(__file__).parents[1] / "assets" / "reviews"
 
@@ -90,8 +96,11 @@ def _part(folder: Path, name: str) -> Path:
 
 def _decode(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"{path} holds more than {MAX_BYTES:,} bytes")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
@@ -103,26 +112,29 @@ def _decode(path: Path) -> str:
 
 
 def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}, line {number}: want an object, got {fields!r:.80}")
-        yield number, fields
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, parse_object(line, f"{path}, line {number}")
 
 
-def _csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    before = csv.field_size_limit()  # of a cell, for the whole process: 128 KiB, unless raised
+    csv.field_size_limit(max(before, len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(lines, [])
-        for cells in lines:
+        if len(set(header)) < len(header):
+            raise csv.Error(f"a name stands twice in the header: {', '.join(header):.200}")
+        for cells in filter(None, lines):
             if len(cells) != len(header):
                 raise csv.Error(f"{len(cells)} cells under a header of {len(header)}")
-            yield lines.line_num, dict(zip(header, cells, strict=True))
+            rows.append((lines.line_num, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         raise ValueError(f"{path}, line {lines.line_num} is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+    return rows
 
 
 def _row(fields: dict[str, Any], where: str) -> tuple[str, int]:
@@ -130,6 +142,8 @@ def _row(fields: dict[str, Any], where: str) -> tuple[str, int]:
     label = _field(fields, "label", "sentiment", where)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: the text must not be empty, got {text!r:.80}")
+    if broken := re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{where}: {broken[0]!r} in the text is no character")
     if label is None or str(label).strip() in ("", "-1"):
         raise ValueError(f"{where} has no label: got {label!r}, want one of {', '.join(VALUES)}")
     value = VALUES.get(str(label).strip().lower())

@@ -1,10 +1,12 @@
 """Text <-> token ids, through the `tokenizers` library and the files beside a checkpoint."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
+import torch
 from tokenizers import (
     AddedToken,
     decoders,
@@ -14,6 +16,7 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch import Tensor
 
 from minigpt.checkpoints import gguf
 from minigpt.checkpoints.source import named
@@ -30,6 +33,10 @@ SETTINGS: dict[str, Any] = {  # of tokenizer_config.json, where they change the 
     "added_tokens_decoder": dict[str, dict[str, str | bool]] | None,
 }
 UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than it has tokens
+MOST_TOKENS = 2**20  # learned; the largest published vocabularies have some 2^18
+PIECE = 2**17  # characters that the library encodes at a time; each takes some 200 bytes meanwhile
+LONGEST = 2**23  # and at most: more than a novel, 1.6 GB
+CUT = re.compile(r"(?<=\S)[ \n]")
 
 
 class Special(NamedTuple):
@@ -87,7 +94,12 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Byte-level BPE (https://arxiv.org/abs/1508.07909) learned from `texts`, with one special
         token, `<|endoftext|>`.
+
+        Raises:
+            ValueError: the size is out of range, or a text is not Unicode or too long without a
+                place to cut it.
         """
+        _check_size(vocab_size)
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -97,15 +109,20 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(_all_pieces(texts), trainer)
         return cls(backend)
 
     @classmethod
     def train_word_piece(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """WordPiece (https://arxiv.org/abs/1609.08144) learned from `texts` in lower case without
         accents, with BERT's five special tokens as ids 0 to 4.
+
+        Raises:
+            ValueError: the size is out of range, or a text is not Unicode or too long without a
+                place to cut it.
         """
-        texts = list(texts)
+        _check_size(vocab_size)
+        texts = list(_all_pieces(texts))
         learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         learner.normalizer = normalizers.BertNormalizer(lowercase=True)
         learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -125,14 +142,57 @@ class Tokenizer:
         """Token ids of `text`, without the special tokens that some tokenizers put around it.
 
         Raises:
-            ValueError: half of a surrogate pair, or a piece that the vocabulary has no token for.
+            ValueError: half of a surrogate pair, a piece that the vocabulary has no token for, or a
+                long text without a place to cut it.
         """
-        try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+        return [i for piece in self.pieces(text) for i in self._encode(piece)]
+
+    def ids(self, text: str, observe: Callable[[int], None] = lambda done: None) -> Tensor:
+        """The same as a tensor (n,) of 4 bytes a token, for long texts.
+
+        Args:
+            observe: called with the number of characters done, piece by piece.
+        """
+        ids, done = [torch.empty(0, dtype=torch.int32)], 0
+        for piece in self.pieces(text):
+            ids.append(torch.tensor(self._encode(piece), dtype=torch.int32))
+            done += len(piece)
+            observe(done)
+        return torch.cat(ids)
+
+    def pieces(self, text: str, size: int = PIECE) -> Iterator[str]:
+        """Parts of `text` of some `size` characters, whose ids side by side are those of the whole.
+
+        A text is cut before a space or a line end that follows something else.  No word of GPT-2's
+        expression and none of BERT's goes on there, and neither looks back.  Tokenizers of other
+        kinds may join what stands on both sides, so they get the text in one piece.
+
+        Raises:
+            ValueError: a piece would have more than `LONGEST` characters.
+        """
+        return _pieces(text, size, self._splits_words())
+
+    def _encode(self, text: str) -> list[int]:
+        try:  # "fast": without the place of each token in the text
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as error:  # the library's own kinds
-            half = any("\ud800" <= character <= "\udfff" for character in text)
-            reason = "it holds half of a surrogate pair" if half else printable(str(error))
-            raise ValueError(f"cannot encode {short(text)}: {reason}") from None
+            raise ValueError(f"cannot encode {short(text)}: {printable(str(error))}") from None
+
+    def _splits_words(self) -> bool:
+        """Whether tokens end where `CUT` matches."""
+        words, normalizer = self.backend.pre_tokenizer, self.backend.normalizer
+        steps: list[Any] = [words]
+        if isinstance(words, pre_tokenizers.Sequence):
+            steps = [*words]  # type: ignore[misc]  # it has items and no length
+        *before, words = steps
+        if isinstance(words, pre_tokenizers.ByteLevel):
+            plain = words.use_regex and not words.add_prefix_space and normalizer is None
+            plain = plain and all(isinstance(step, pre_tokenizers.Digits) for step in before)
+        else:
+            plain = isinstance(words, pre_tokenizers.BertPreTokenizer) and not before
+            plain = plain and isinstance(normalizer, normalizers.BertNormalizer | None)
+        added = self.backend.get_added_tokens_decoder().values()
+        return plain and not any(t.rstrip or re.search(r"\s", t.content) for t in added)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -213,6 +273,39 @@ def _add_tokens(
         backend.add_tokens([token])
         if (given := backend.token_to_id(token.content)) != number:
             raise ValueError(f"token {short(token.content)} has id {number}, would get {given}")
+
+
+def _check_size(vocab_size: int) -> None:
+    """The library aborts the process where it cannot reserve room for so many."""
+    if not 1 <= vocab_size <= MOST_TOKENS:
+        raise ValueError(f"vocab_size is {vocab_size}, must be 1 to {MOST_TOKENS:,}")
+
+
+def _all_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """What a trainer reads: it counts words, and they end where texts are cut."""
+    for text in texts:
+        yield from _pieces(text, PIECE, True)
+
+
+def _pieces(text: str, size: int, splits_words: bool) -> Iterator[str]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = short(text[max(0, error.start - 20) : error.start + 20])
+        raise ValueError(
+            f"cannot encode {near}: it holds half of a surrogate pair, character {error.start}"
+        ) from None
+    start = 0
+    while start < len(text):
+        place = CUT.search(text, start + size) if splits_words else None
+        end = place.start() if place else len(text)
+        if end - start > LONGEST:
+            raise ValueError(
+                f"the text has {end - start:,} characters that this tokenizer takes in one piece, "
+                f"at most {LONGEST:,} fit"
+            )
+        yield text[start:end]
+        start = end
 
 
 def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:

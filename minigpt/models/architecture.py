@@ -39,6 +39,8 @@ class Model(nn.Module):
         head: states to logits; nn.Identity for "none".
         num_labels: number of classes of a classification head; 0 where there is no such head.
         task_type: HF PEFT's name for what the head does.
+        name_or_path: the folder or hub id it was loaded from, None where it was built.
+        fresh: names of the parameters that its checkpoint lacks.
         embeddings: the embedding tables; `embeddings.token` is that of the vocabulary.
         blocks: the layers of the body, in order.
     """
@@ -49,6 +51,8 @@ class Model(nn.Module):
     head: nn.Module
     num_labels: int = 0
     task_type: str
+    name_or_path: str | None = None
+    fresh: frozenset[str] = frozenset()
     embeddings: Any
     blocks: nn.ModuleList
 

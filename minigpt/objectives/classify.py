@@ -41,8 +41,8 @@ def encode(
     """Pairs of text and label -> examples of at most `max_length` tokens, marks included.
 
     Raises:
-        ValueError: no room for a token between the marks, a tokenizer without them, or a negative
-            label.
+        ValueError: no room for a token between the marks, a tokenizer without them, a text that is
+            not Unicode, or a label that is negative or no whole number.
     """
     if max_length <= MARKS:
         raise ValueError(
@@ -51,8 +51,8 @@ def encode(
     special = tokenizer.special
     examples = []
     for text, label in texts:
-        if label < 0:
-            raise ValueError(f"label {label} of {text[:40]!r}, must be 0, 1, 2, ...")
+        if type(label) is not int or label < 0:
+            raise ValueError(f"label {label!r} of {text[:40]!r}, must be 0, 1, 2, ...")
         ids = tokenizer.encode(text)[: max_length - MARKS]
         examples.append(Example([special.first, *ids, special.last], label))
     return examples
@@ -129,10 +129,12 @@ def predict(model: Model, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
 
 
 def class_logits(model: Model, batch: Batch) -> Tensor:
-    """(B, classes).  Raises ValueError for a label beyond them."""
+    """(B, classes).  Raises ValueError for a label that is none of them."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"])
-    label, classes = int(batch["labels"].max()), logits.size(-1)
-    if label >= classes:
+    classes = logits.size(-1)
+    low, high = (int(label) for label in batch["labels"].cpu().aminmax())  # a GPU waits once
+    if low < 0 or high >= classes:
+        label = low if low < 0 else high
         raise ValueError(f"label {label}, the model has {classes} classes: 0 to {classes - 1}")
     return logits
 

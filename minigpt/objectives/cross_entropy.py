@@ -18,13 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minigpt.data.text import IGNORED
+from minigpt.data.text import IGNORED, check_labels
 
 ROWS = 256  # rows of logits in memory at a time
 
 
 def chunked_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor, rows: int = ROWS) -> Tensor:
-    """States x (..., D), labels (...) -> the mean loss; `head` maps (rows, D) to (rows, V)."""
+    """States x (..., D), labels (...) -> the mean loss; `head` maps (rows, D) to (rows, V).
+
+    Raises:
+        ValueError: states and labels differ in shape, or a label on the CPU is neither one of the V
+            nor -100.  On a GPU it stops the kernel that gathers by it, without a wait here.
+    """
+    if x.shape[:-1] != labels.shape:
+        raise ValueError(f"labels are {list(labels.shape)}, the states {list(x.shape[:-1])}")
     x, labels = x.flatten(0, -2), labels.flatten()
     trained = [p for p in head.parameters() if p.requires_grad]
     backward = torch.is_grad_enabled() and (x.requires_grad or bool(trained))
@@ -53,8 +60,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(backward):
                 x_piece = x[piece].detach().requires_grad_(backward)
                 z = head(x_piece)
-            index = labels[piece, None].clamp(min=0)
+            check_labels(labels[piece], z.size(-1))
             counted = labels[piece, None] != IGNORED
+            index = labels[piece, None].where(counted, 0)
             # in place from here on, in the head's own layout: e = exp(z - max z), t = sum e
             e = z.detach().to(dtype)
             largest = e.amax(-1, keepdim=True)

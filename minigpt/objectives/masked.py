@@ -131,7 +131,7 @@ def fixed_masked_windows(
     whole, rest = tokens[: rows * inner].view(rows, inner), tokens[rows * inner :]
     for i, windows in enumerate([*whole.split(batch_size), rest[None]]):
         if windows.numel():
-            yield masking(windows, np.random.default_rng([i]))
+            yield masking(windows.long(), np.random.default_rng([i]))
 
 
 def masked_language_model_loss(model: LanguageModel, batch: Batch) -> Tensor:

@@ -1,6 +1,8 @@
 """Settings dataclasses as command-line options: one list of names, types, defaults and help."""
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -31,12 +33,38 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         many = hints[f.name] == list[str] or list[str] in get_args(hints[f.name])
         parser.add_argument(
             flag,
-            type=str if many else kind,
+            type=str if many else READERS.get(kind, kind),
             nargs="+" if many else None,
             choices=f.metadata["choices"],
             metavar=None if f.metadata["choices"] else _metavar(str if many else kind),
             help=_help(f),
         )
+
+
+def whole(text: str) -> int:
+    """A whole number of 64 bits."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number of 64 bits")
+    return number
+
+
+def real(text: str) -> float:
+    """A number that is finite in 32 bits, in which the models compute."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no finite number of 32 bits")
+    return number
+
+
+LARGEST = (2 - 2**-23) * 2.0**127
+READERS: dict[type, Callable[[str], Any]] = {int: whole, float: real}
 
 
 def _metavar(kind: type) -> str:

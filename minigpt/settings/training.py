@@ -7,6 +7,8 @@ from minigpt.settings.checks import check_heldout, check_seed
 from minigpt.settings.options import option, with_default
 from minigpt.training.train import TrainConfig
 
+MOST_TOKENS = 2**30  # a step; the largest published runs read some 2^26
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(TrainConfig):
@@ -29,6 +31,11 @@ class TrainingOptions(TrainConfig):
         positive(self, "batch_size", "sequence_length")
         check_heldout(self.heldout)
         check_seed(self.seed)
+        if self.tokens_a_step > MOST_TOKENS:
+            raise ValueError(
+                f"batch_size, sequence_length and accumulate make {self.tokens_a_step:,} tokens "
+                f"a step, must be at most {MOST_TOKENS:,}"
+            )
 
     @property
     def tokens_a_step(self) -> int:

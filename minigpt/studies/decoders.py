@@ -59,13 +59,13 @@ def load_decoder(source: str, device: str | None = None) -> Decoder:
 
 def token_ids(decoder: Decoder, source: str) -> Tensor:
     """The whole text, (n,)."""
-    return torch.tensor(decoder.tokenizer.encode(text_of(source)))
+    return decoder.tokenizer.ids(text_of(source))
 
 
 def split_ids(decoder: Decoder, source: str, heldout: float) -> tuple[Tensor, Tensor]:
     """Token ids of a text: the part to train on, and the held-out end of it."""
     parts = split_text(text_of(source), heldout)
-    train, test = (torch.tensor(decoder.tokenizer.encode(part)) for part in parts)
+    train, test = (decoder.tokenizer.ids(part) for part in parts)
     return train, test
 
 

@@ -1,4 +1,4 @@
-"""A progress bar: steps done, loss, speed and time left."""
+"""Progress bars: steps done, loss, speed and time left; characters of a long text."""
 
 import sys
 import time
@@ -17,6 +17,7 @@ from rich.progress import (
 from minigpt.training.train import Row
 
 PAUSE = 10  # seconds without a line, at most
+LONG = 4_000_000  # characters of a text that takes some seconds
 
 
 def say(text: str) -> None:
@@ -63,3 +64,19 @@ def _lines(title: str, steps: int) -> Callable[[Row], None]:
             last = now
 
     return show
+
+
+@contextmanager
+def text_bar(title: str, characters: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that shows how many characters of a text are done, where there are so many
+    that it takes more than a moment.
+    """
+    console = Console(stderr=True)
+    if characters < LONG or not console.is_terminal:
+        if characters >= LONG:
+            say(f"{title}: {characters:,} characters")
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=characters)
+        yield lambda done: bar.update(task, completed=done)

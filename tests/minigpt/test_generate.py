@@ -1,10 +1,16 @@
 """Generation: greedy against transformers, sampling against the closed form of its distribution."""
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
 from minigpt import GPTNeo, GPTNeoConfig, generate
+from minigpt.generation import _choose
+from minigpt.models.mode import mode
 from tests.conftest import tokens
 
 NEW = 64
@@ -83,6 +89,15 @@ def test_boolean_mask_equals_the_same_in_numbers(tiny_neo):
     ids, mask = left_padded([tokens(101, n, seed=n) for n in (3, 8)])
     expected = greedy(tiny_neo[1], ids, 20, attention_mask=mask)
     assert torch.equal(greedy(tiny_neo[1], ids, 20, attention_mask=mask.bool()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int32])
+def test_a_mask_of_any_numbers_equals_the_same_in_integers(tiny_neo, dtype):
+    ids, mask = left_padded([tokens(101, n, seed=n) for n in (3, 8)])
+    assert torch.equal(
+        greedy(tiny_neo[1], ids, 9, attention_mask=mask.to(dtype)),
+        greedy(tiny_neo[1], ids, 9, attention_mask=mask),
+    )
 
 
 def test_no_new_tokens_is_the_prompt(tiny_neo):
@@ -165,6 +180,46 @@ def test_samples_follow_the_closed_form(seven, temperature, top_k, top_p):
     assert not counts[p == 0].any()
     deviation = np.sqrt(N * p * (1 - p))
     assert (abs(counts - N * p) <= 4.5 * deviation + 1e-9).all(), (counts, N * p)
+
+
+TINY = [1e-6, 1e-30, 1e-40, 1e-300, 5e-324]
+
+
+@pytest.mark.parametrize("temperature", TINY)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
+def test_a_tiny_temperature_takes_the_most_likely(temperature, scale):
+    logits = torch.tensor([[0.5, -3.0, 2.0, 1.9, -torch.inf], [-9.0, -2.0, -3.0, -8.0, -7.0]])
+    settings = ((None, None), (3, None), (None, 0.5), (2, 0.9))
+    chosen = [_choose(logits * scale, temperature, k, p, None) for k, p in settings]
+    assert [ids.flatten().tolist() for ids in chosen] == [[2, 1]] * 4
+
+
+def test_a_huge_temperature_is_uniform_over_what_can_be():
+    logits = torch.tensor([[0.0, 9.0, -torch.inf, -9.0]]).expand(4000, 4)
+    counts = (
+        _choose(logits, 1e300, None, None, torch.Generator().manual_seed(0)).flatten().bincount()
+    )
+    assert counts[2] == 0
+    assert counts.tolist() == pytest.approx([4000 / 3, 4000 / 3, 0, 4000 / 3], abs=150)
+
+
+@pytest.mark.parametrize("top_p", [1e-10, *TINY[1:]])
+def test_a_tiny_top_p_takes_the_most_likely(seven, top_p):
+    ids = tokens(7, 8, 3)
+    assert torch.equal(generate(seven, ids, 5, top_p=top_p), greedy(seven, ids, 5))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused(temperature, value, seven):
+    broken = copy.deepcopy(seven)
+    broken.final_norm.bias.data[0] = value
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        generate(broken, tokens(7, 2, 3), 5, temperature=temperature)
+    logits = torch.zeros(2, 7)
+    logits[1, 3] = value
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        _choose(logits, temperature, None, None, None)
 
 
 def test_rows_and_steps_are_drawn_independently(seven):
@@ -264,9 +319,34 @@ def test_modes_of_single_modules_are_restored(dropping):
 
 def test_mode_is_restored_after_an_error(dropping):
     dropping.train()
-    with pytest.raises(IndexError):
-        greedy(dropping, torch.full((1, 4), 50), 2)
+    hook = dropping.blocks[1].register_forward_pre_hook(lambda *inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        greedy(dropping, tokens(50, 2, 4), 2)
+    hook.remove()
     assert {m.training for m in dropping.modules()} == {True}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_threads_on_one_model_share_it(dropping, training):
+    """Each generates what it would alone, without dropout, and the mode is as before."""
+    dropping.train(training)
+    ids = tokens(50, 2, 4)
+    alone = greedy(dropping, ids, 10)
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda _: greedy(dropping, ids, 10), range(24)))
+    assert all(torch.equal(a, alone) for a in together)
+    assert {m.training for m in dropping.modules()} == {training}
+
+
+def test_modes_nest_within_a_thread_and_models_stay_copyable(dropping):
+    with mode(dropping, training=True):
+        with mode(dropping, training=False):
+            assert not dropping.training
+        assert dropping.training
+        greedy(dropping, tokens(50, 2, 4), 2)
+        copy.deepcopy(dropping)
+        pickle.dumps(dropping)
+        assert dropping.training
 
 
 def test_no_gradient_is_recorded_and_no_weight_moves(dropping):
@@ -295,6 +375,12 @@ def test_no_gradient_is_recorded_and_no_weight_moves(dropping):
         ({"eos_token_id": -1}, "eos_token_id is -1"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids is \[2, 0\]"),
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, r"input_ids is \[4\]"),
+        ({"input_ids": torch.full((2, 4), 50)}, r"input_ids holds 50, must lie in \[0, 50\)"),
+        ({"input_ids": torch.full((2, 4), -1)}, r"input_ids holds -1, must lie in \[0, 50\)"),
+        ({"input_ids": torch.ones(2, 4)}, r"input_ids are of torch\.float32"),
+        ({"attention_mask": torch.tensor([[0, 2, 1, 1]] * 2)}, "attention_mask must be 1 for"),
+        ({"attention_mask": torch.tensor([[-torch.inf, 0, 0, 0]] * 2)}, "attention_mask must be 1"),
+        ({"attention_mask": torch.full((2, 4), torch.nan)}, "attention_mask must be 1 for real"),
         ({"attention_mask": torch.ones(2, 3)}, r"attention_mask is \[2, 3\], input_ids \[2, 4\]"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)}, "padding must stand at the left"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1]] * 2)}, "padding must stand at the left"),

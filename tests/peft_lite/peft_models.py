@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import minigpt
 import peft_lite
+from peft_lite import files
 
 GPT_NEO = {
     "vocab_size": 61,
@@ -96,8 +97,13 @@ class Plain(nn.Module):
 def perturb(handle: peft_lite.Handle, std: float = 0.2) -> None:
     """Moves an adapter away from its start, where B = 0 would hide most mistakes."""
     random = torch.Generator().manual_seed(11)
-    for tensor in handle.state().values():
+    for tensor in live(handle).values():
         tensor.copy_(std * torch.randn(tensor.shape, generator=random))
+
+
+def live(handle: peft_lite.Handle, name: str = "default") -> dict[str, Tensor]:
+    """What `handle.state` copies."""
+    return files.state(handle.model, handle.methods[name])
 
 
 class Picture:

@@ -18,6 +18,7 @@ from peft_lite.method import Method, MethodSpec
 from peft_lite.options import option, target
 from peft_lite.select import Patterns, select_modules
 from peft_lite.wrapper import Wrapper
+from tests.peft_lite.peft_models import live
 
 
 # the file of a method: y = base(x) + c t, t (out,) trains
@@ -67,7 +68,7 @@ def test_it_is_attached_saved_and_loaded(tmp_path: Path) -> None:
     base = model["query"](x)  # type: ignore[index]
     handle = peft_lite.attach(model, ShiftConfig(["query"], factor=3.0))
     t = torch.randn(5)
-    handle.state()["base_model.model.query.shift_t"].copy_(t)
+    live(handle)["base_model.model.query.shift_t"].copy_(t)
     torch.testing.assert_close(model["query"](x), base + 3 * t)  # type: ignore[index]
     handle.save(tmp_path)
     other = fresh()

@@ -30,7 +30,7 @@ from tests.closed_forms import (
     prefix_of_mlp,
     visible_slots,
 )
-from tests.peft_lite.peft_models import GPT_NEO, Picture, output, pair, tokens
+from tests.peft_lite.peft_models import GPT_NEO, Picture, live, output, pair, tokens
 from tests.rounding import DTYPES, close, random
 
 FORMS = pytest.mark.parametrize("form", ["fixed", "peft"])
@@ -132,7 +132,7 @@ def test_attention_is_that_over_all_keys_side_by_side() -> None:
 def test_an_empty_prefix_only_takes_a_share_of_the_weights(is_causal: bool) -> None:
     """Keys and values of zero:  o Z / (Z + K),  Z the sum of exp of the real scores."""
     attention, handle = attached(K=5)
-    handle.state()["prompt_embeddings"].zero_()
+    live(handle)["prompt_embeddings"].zero_()
     x = random(2, 7, 12, seed=1)
     q, k, v = projected(attention, x, 3)
     sees = causal(7) if is_causal else np.ones((7, 7), dtype=bool)
@@ -441,7 +441,7 @@ def test_the_mlp_computes_its_closed_form_and_is_what_acts(tmp_path: Path) -> No
     assert [tuple(p.shape) for p in (e, *weights)] == [(3, 24), (10, 24), (10,), (96, 10), (96,)]
     P = prefix_of_mlp(e, *weights)
     close(handle.state()["prompt_embeddings"], P)
-    attach(table, PrefixConfig(3)).state()["prompt_embeddings"].copy_(torch.from_numpy(P))
+    live(attach(table, PrefixConfig(3)))["prompt_embeddings"].copy_(torch.from_numpy(P))
     close(output(model, tokens()), output(table, tokens()).detach(), roundings=64)
 
 
@@ -454,7 +454,7 @@ def test_gradients_of_the_mlp_follow_from_those_of_the_keys_and_values(tmp_path:
     e, w1, b1, w2, b2 = (p.detach().numpy() for p in handle.methods["default"].trained())
     as_table = attach(table, PrefixConfig(3))
     P = torch.from_numpy(prefix_of_mlp(e, w1, b1, w2, b2))
-    as_table.state()["prompt_embeddings"].copy_(P)
+    live(as_table)["prompt_embeddings"].copy_(P)
     (dp,) = (g.numpy() for g in gradients(table, as_table))
     h = np.tanh(e @ w1.T + b1)
     dz = dp @ w2 * (1 - h**2)

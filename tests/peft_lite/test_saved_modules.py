@@ -20,7 +20,7 @@ from peft_lite import (
     PromptConfig,
 )
 from tests.peft_lite.peft_methods import fresh, of, same, shake, steps, trained
-from tests.peft_lite.peft_models import Picture, tokens
+from tests.peft_lite.peft_models import Picture, live, tokens
 
 SAVED: dict[str, Any] = {
     "lora": LoraConfig(["query"], r=3, modules_to_save=["classifier"]),
@@ -60,7 +60,7 @@ def test_the_copy_trains_and_the_models_own_stays_to_the_bit(config: Any) -> Non
 def test_the_output_is_that_of_the_copy_alone(config: Any) -> None:
     model = fresh("bert")
     handle = peft_lite.attach(model, config)
-    state = {n.rsplit("classifier.", 1)[-1]: t for n, t in handle.state().items()}
+    state = {n.rsplit("classifier.", 1)[-1]: t for n, t in live(handle).items()}
     before = of(model, tokens())
     model.head.classifier.base.weight.data.fill_(torch.nan)
     assert torch.equal(of(model, tokens()), before)
@@ -148,10 +148,10 @@ def test_two_adapters_have_each_a_classifier_of_its_own() -> None:
     model, x = fresh("bert"), tokens()
     base = of(model, x)
     handle = peft_lite.attach(model, SAVED["lora"], "a")
-    handle.state("a")["base_model.model.classifier.bias"].add_(1)
+    live(handle, "a")["base_model.model.classifier.bias"].add_(1)
     peft_lite.attach(model, SAVED["dora"], "b")
     assert torch.allclose(of(model, x), base, atol=1e-6)  # it began at the model's own
-    handle.state("b")["base_model.model.classifier.bias"].add_(2)
+    live(handle, "b")["base_model.model.classifier.bias"].add_(2)
     torch.testing.assert_close(of(model, x), base + 2)
     handle.switch("a")
     torch.testing.assert_close(of(model, x), base + 1)

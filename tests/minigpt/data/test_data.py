@@ -26,8 +26,40 @@ def test_read_text_drops_gutenberg_frame_mark_and_carriage_returns(tmp_path: Pat
 
 def test_read_text_of_a_plain_text_is_the_text(tmp_path: Path) -> None:
     assert read_text(written(tmp_path, b"\xef\xbb\xbfone\r\ntwo\n")) == "one\ntwo\n"
-    assert read_text(written(tmp_path, b"a\n*** START OF IT\nb\n")) == "b\n"
-    assert read_text(written(tmp_path, b"a\n*** END OF IT\nb\n")) == "a"
+
+
+START = "*** START OF THIS PROJECT GUTENBERG EBOOK THE RAVEN ***\n"
+END = "***END OF THE PROJECT GUTENBERG EBOOK THE RAVEN***\n"
+WHOLE = {
+    "a part": "one\n" * 50 + "*** END OF PART ONE ***\n" + "two\n" * 950,
+    "a start alone": "a\n" + START + "b\n",
+    "an end alone": "a\n" + END + "b\n",
+    "the wrong order": "a\n" + END + "b\n" + START + "c\n",
+    "within a line": f"a\n> {START}b\n> {END}",
+    "a start far inside": "a\n" * 20_000 + START + "b\n" + END,
+    "an end far from the end": START + "b\n" + END + "a\n" * 20_000,
+}
+
+
+@pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
+def test_what_is_no_frame_of_gutenberg_is_kept(text: str, tmp_path: Path) -> None:
+    assert read_text(written(tmp_path, text.encode())) == text
+
+
+def test_older_frames_and_a_long_licence_are_dropped(tmp_path: Path) -> None:
+    text = "header\n" * 2000 + START + "\nOnce upon\n" + END + "licence\n" * 2400
+    assert read_text(written(tmp_path, text.encode())) == "\nOnce upon"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"one\ntwo\nth\0ree\n\0", "one\n".encode("utf-16-le")],
+    ids=["a NUL byte", "UTF-16 without a mark"],
+)
+def test_a_nul_byte_is_refused_with_its_line(content: bytes, tmp_path: Path) -> None:
+    line = content[: content.index(b"\0")].count(b"\n") + 1
+    with pytest.raises(ValueError, match=rf"text\.txt, line {line} holds a NUL character"):
+        read_text(written(tmp_path, content))
 
 
 def test_errors_of_read_text_are_one_line_with_the_path(tmp_path: Path) -> None:
@@ -54,7 +86,39 @@ def test_split_text_cuts_after_a_line(heldout: float) -> None:
 
 
 def test_split_text_of_one_line_cuts_after_a_space() -> None:
-    assert split_text("one two three four five", 0.3) == ("one two three ", "four five")
+    assert split_text("one two three four five " * 9, 0.3) == (
+        "one two three four five " * 6 + "one ",
+        "two three four five " + "one two three four five " * 2,
+    )
+
+
+SHAPES = {
+    "lines": "a line of some words\n" * 2000,
+    "a line, then words": "A preface.\n" + "word " * 8000 + "\n",
+    "a line, then no space": "A preface. " + "x" * 40_000,
+    "paragraphs": ("word " * 400 + "\n") * 20,
+    "line ends at the end": "word " * 8000 + "\n" * 100,
+}
+
+
+@pytest.mark.parametrize("heldout", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("text", SHAPES.values(), ids=SHAPES)
+def test_split_text_keeps_the_share(text: str, heldout: float) -> None:
+    train, rest = split_text(text, heldout)
+    assert train + rest == text
+    share = len(rest) / len(text)
+    assert heldout - 1e-4 <= share <= heldout + 0.1 * min(heldout, 1 - heldout) + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("near", "kept"),
+    [("\n    y z", "\n"), ("     y z", " y "), ("xxxxxxxxx", "x"), ("\n" + "x" * 11, "x")],
+    ids=["a line", "a space", "neither", "too far"],
+)
+def test_split_text_prefers_a_line_to_a_space_and_a_space_to_nothing(near: str, kept: str) -> None:
+    train, _ = split_text((near + "x" * 101).rjust(1000, "x"), 0.101)
+    assert train.endswith(kept), train[-20:]
+    assert (len(train) == 899) == (kept == "x")
 
 
 def test_random_windows_are_a_function_of_seed_and_number() -> None:
@@ -78,9 +142,10 @@ def test_random_windows_are_a_function_of_seed_and_number() -> None:
 
 
 def test_random_windows_are_pieces_of_the_text_with_labels_one_ahead() -> None:
-    tokens = 3 * torch.arange(50)
+    tokens = 3 * torch.arange(50, dtype=torch.int32)
     batch = RandomWindows(tokens, 7, 20, 0)(0)
     assert batch["input_ids"].shape == batch["labels"].shape == (20, 7)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert torch.equal(batch["labels"], batch["input_ids"] + 3)
     assert torch.equal(batch["input_ids"].diff(dim=1), torch.full((20, 6), 3))
 
@@ -99,13 +164,13 @@ def test_random_windows_of_a_text_that_is_too_short() -> None:
 
 @pytest.mark.parametrize("n", [2, 5, 8, 9, 10, 41])
 def test_consecutive_windows_predict_each_token_once(n: int) -> None:
-    tokens = torch.arange(100, 100 + n)
+    tokens = torch.arange(100, 100 + n, dtype=torch.int16)
     batches = list(consecutive_windows(tokens, 4, 3))
     labels = torch.cat([b["labels"].flatten() for b in batches])
     inputs = torch.cat([b["input_ids"].flatten() for b in batches])
     counted = labels != -100
-    assert torch.equal(labels[counted], tokens[1:])
-    assert torch.equal(inputs[counted], tokens[:-1])
+    assert torch.equal(labels[counted], tokens[1:].long())
+    assert torch.equal(inputs[counted], tokens[:-1].long())
     assert all(b["input_ids"].size(1) == 4 for b in batches)
     assert all((b["labels"] != -100).any() and len(b["labels"]) <= 3 for b in batches)
 

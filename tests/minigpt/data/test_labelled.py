@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from minigpt.data import labelled
 from minigpt.data.labelled import Rows, balanced, read_labelled, read_parts
 from tests.conftest import real_data
 
 ROWS: Rows = [('He said: "no, never"', 0), ("Two lines,\nand an é", 1), ("dull", 0)]
 NAMES = [("text", "label"), ("review", "sentiment")]
-LABELS = [(0, 1), ("0", "1"), ("neg", "pos"), ("negative", "positive"), ("Negative", " positive ")]
+LABELS = [(0, 1), ("0", "1"), ("neg", "pos"), ("negative", "positive"), ("Negative", " positive "),
+    (False, True), ("False", "TRUE"), (0.0, 1.0), ("0.0", "1.0")]  # fmt: skip
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -55,6 +57,34 @@ def test_a_mark_at_the_start_windows_line_ends_and_no_last_line_end(tmp_path: Pa
     assert read_labelled(path) == [("a", 0), ("b", 1)]
 
 
+def test_empty_lines_and_long_texts_are_read(tmp_path: Path) -> None:
+    long = "word " * 100_000
+    limit = csv.field_size_limit()
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'\n{{"text": "{long}", "label": 0}}\n \r\n{{"text": "b", "label": 1}}\n\n')
+    assert read_labelled(path) == [(long, 0), ("b", 1)]
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\n\n{long},0\n\nb,1\n\n")
+    assert read_labelled(path) == [(long, 0), ("b", 1)]
+    path.write_text(f"text,label\n,\n{long},0\n")
+    with pytest.raises(ValueError, match="line 2: the text must not be empty"):
+        read_labelled(path)
+    assert csv.field_size_limit() == limit
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labelled, "MAX_BYTES", 1000)
+    for name, content in (("a.jsonl.gz", gzip.compress(b"x" * 10**7)), ("a.jsonl", b"x" * 1001)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} holds more than 1,000 bytes"):
+            read_labelled(tmp_path / name)
+    rows = jsonl(tmp_path / "b.jsonl", [{"text": "x" * 450, "label": y} for y in (0, 1)])
+    monkeypatch.setattr(labelled, "MAX_BYTES", rows.stat().st_size)
+    assert len(read_labelled(rows)) == len(read_labelled(zipped(rows))) == 2
+
+
 GOOD = '{"text": "good", "label": 1}\n'
 
 
@@ -68,18 +98,23 @@ GOOD = '{"text": "good", "label": 1}\n'
         ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:10] + b"\xff" * 20, "not a whole"),
         ("a.jsonl", b"caf\xe9", "not UTF-8 text: unexpected end of data at byte 3"),
-        ("a.jsonl", GOOD + "{", "line 2 is not JSON"),
-        ("a.jsonl", GOOD + "\n" + GOOD, "line 2 is not JSON"),
-        ("a.jsonl", GOOD + "[" * 100_000, "line 2 is not JSON"),
-        ("a.jsonl", GOOD + '["good", 1]', "line 2: want an object, got ['good', 1]"),
+        ("a.jsonl", GOOD + "{", "line 2: Expecting property name"),
+        ("a.jsonl", "\n\n" + GOOD + " \n{", "line 5: Expecting property name"),
+        ("a.jsonl", GOOD + "[" * 100_000, "line 2: it nests too deep"),
+        ("a.jsonl", GOOD + '["good", 1]', "line 2: it holds a list, not an object"),
+        ("a.jsonl", GOOD + '{"text": "b", "label": 0, "label": 1}', 'line 2: the key "label"'),
+        ("a.jsonl", GOOD + '{"text": "b", "label": NaN}', "line 2: NaN is not a number of JSON"),
+        ("a.jsonl", GOOD + r'{"text": "b\ud83d", "label": 0}', r"line 2: '\ud83d' in the text"),
+        ("a.jsonl", GOOD + r'{"text": "b\u0000", "label": 0}', r"line 2: '\x00' in the text"),
+        ("a.csv", "text,label\na,1\nb\0,0\n", r"line 3: '\x00' in the text is no character"),
+        ("a.csv", "text,label,label\na,1,0\n", "line 1 is not CSV: a name stands twice in the"),
         ("a.jsonl", GOOD + '{"words": "", "label": 0}', "text (or review); found: words, label"),
         ("a.jsonl", GOOD + '{"text": "bad"}', "no field label (or sentiment); found: text"),
         ("a.jsonl", GOOD + "{}", "line 2 has no field text (or review); found: none"),
         ("a.jsonl", GOOD + '{"text": "bad", "label": -1}', "line 2 has no label: got -1"),
         ("a.jsonl", GOOD + '{"text": "bad", "label": null}', "line 2 has no label: got None"),
         ("a.jsonl", GOOD + '{"text": "bad", "label": 2}', "label 2 must be one of 0, 1, neg"),
-        ("a.jsonl", GOOD + '{"text": "bad", "label": true}', "line 2: label True must be one of"),
-        ("a.jsonl", GOOD + '{"text": "bad", "label": 0.0}', "line 2: label 0.0 must be one of"),
+        ("a.jsonl", GOOD + '{"text": "bad", "label": 0.5}', "line 2: label 0.5 must be one of"),
         ("a.jsonl", GOOD + '{"text": "bad", "label": "negativ"}', "nearest: negative"),
         ("a.jsonl", GOOD + '{"text": " ", "label": 0}', "line 2: the text must not be empty"),
         ("a.jsonl", GOOD + '{"text": 3, "label": 0}', "line 2: the text must not be empty, got 3"),

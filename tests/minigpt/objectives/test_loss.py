@@ -1,6 +1,7 @@
 """The chunked loss against cross-entropy over all the logits."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_lite
 from minigpt import Bert, BertConfig
+from minigpt.data.text import moved
 from minigpt.objectives.causal import language_model_loss
 from minigpt.objectives.cross_entropy import ROWS, chunked_cross_entropy
+from minigpt.objectives.masked import masked_language_model_loss
 from tests import tiny
 
 M, D, V = 13, 8, 29
@@ -57,6 +60,39 @@ def test_more_rows_than_a_chunk_of_the_default_size() -> None:
     head = nn.Linear(D, V)
     loss = chunked_cross_entropy(x, head, labels)
     assert_same(loss, full_cross_entropy(x, head, labels), [x, *head.parameters()])
+
+
+@pytest.mark.parametrize("label", [-1, -99, -101, V, 2**40])
+@pytest.mark.parametrize("place", [0, M - 1])
+def test_a_label_that_is_none_is_refused(label: int, place: int) -> None:
+    x, head, labels = problem()
+    labels[place] = label
+    with pytest.raises(
+        ValueError, match=rf"^a label is {label}, must be in \[0, {V}\), or -100 for"
+    ):
+        chunked_cross_entropy(x, head, labels, 4)
+
+
+@pytest.mark.parametrize("loss", [language_model_loss, masked_language_model_loss])
+def test_objectives_refuse_a_negative_label(loss: Callable[..., Tensor]) -> None:
+    config = BertConfig(vocab_size=V, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = Bert(config, "masked-lm")
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
+    batch["labels"] = torch.tensor([[1, 2, -1], [3, -100, 0]])
+    with pytest.raises(ValueError, match=r"^a label is -1, must be in"):
+        loss(model, batch)
+    with pytest.raises(ValueError, match=r"^a label is -1, must be at least 0, or -100 for none$"):
+        moved(batch, torch.device("meta"))  # before it leaves the CPU
+    batch["labels"][0, 2] = -100
+    assert loss(model, batch).isfinite()
+    assert moved(batch, torch.device("meta"))["labels"].is_meta
+
+
+@pytest.mark.parametrize("shape", [(M + 1,), (M - 1,), (1,), (M, 1), (1, M)])
+def test_labels_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    x, head, _ = problem()
+    with pytest.raises(ValueError, match=r"^labels are \[.*\], the states \[13\]$"):
+        chunked_cross_entropy(x, head, torch.zeros(shape, dtype=torch.int64))
 
 
 def test_parameters_with_one_gradient_do_not_share_its_sum() -> None:
