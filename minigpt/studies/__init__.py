@@ -23,6 +23,7 @@ from minigpt.settings.checks import check_installed
 from minigpt.studies import report as reports
 from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
+from minigpt.studies.words import enough
 from peft_lite import storage
 
 STUDIES: Mapping[str, str] = {
@@ -87,7 +88,8 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
     report, figures = module.report(measured), Figures(out / "figures")
     module.draw(measured, figures)
     reports.write(out, name, settings, report, figures.drawn, results)
-    summary: dict[str, object] = {"study": name, "parts": len(todo)}
+    seeds = enough(settings.seeds, "seed")
+    summary: dict[str, object] = {"study": name, "parts": len(todo), "seeds": seeds}
     summary |= {f"claim {finding.claim}": finding.verdict for finding in report.findings}
     storage.write_json(out / "summary.json", summary)
     return summary
