@@ -3,6 +3,7 @@
     python -m tests.mutants                    all of them, and the table in docs/mutants.md
     python -m tests.mutants "wrong scale"      one
     python -m tests.mutants --random 60        as many, drawn by chance (tests/random_mutants.py)
+    python -m tests.mutants --random 60 peft_lite minigpt/data         the same in these folders
 
 The first part are faults that HF PEFT, loralib, adapters, litgpt and others had or have; the second
 are slips of the kind one makes.  A mutant that survives is a test that is missing; of those drawn
@@ -683,9 +684,8 @@ def fails_unchanged(test: str) -> bool:
     return first_failure(unchanged, (ROOT / unchanged).read_text(), [test]) is not None
 
 
-def by_chance(n: int, seed: int, jobs: int) -> int:
-    """Puts N changes drawn by chance into the code.  Status 1: too many survive."""
-    changes = draw(n, seed)
+def by_chance(changes: Sequence[Change], jobs: int) -> int:
+    """Puts changes drawn by chance into the code.  Status 1: too many survive."""
     counts = dict.fromkeys(FATES, 0)
     with ThreadPoolExecutor(jobs) as pool:
         for change, became in zip(changes, pool.map(fate, changes), strict=True):
@@ -697,13 +697,13 @@ def by_chance(n: int, seed: int, jobs: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("name", nargs="*", help="mutants to try (default: all)")
+    parser.add_argument("name", nargs="*", help="mutants, or files, to try (default: all)")
     parser.add_argument("--random", type=int, metavar="N", help="try N changes drawn by chance")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     if given.random is not None:
-        return by_chance(given.random, given.seed, given.jobs)
+        return by_chance(draw(given.random, given.seed, given.name or [""]), given.jobs)
     chosen = [m for m in MUTANTS if not given.name or m.name in given.name]
     if unknown := set(given.name) - {m.name for m in MUTANTS}:
         raise SystemExit(f"no mutant is called {sorted(unknown)}")

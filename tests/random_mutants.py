@@ -7,12 +7,13 @@
     f(x)       pass                                                     calls that stand alone
 
 Left out is what no test should hold on to: docstrings, types, decorators, the messages of errors
-and of the log, texts, defaults of options, scripts under `__main__`, and what studies say and draw.
+and of the log, texts, defaults of options, scripts under `__main__`, what studies say and draw, and
+the sizes of a kernel's tiles, on which the time alone depends.
 """
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -51,7 +52,7 @@ SKIPPED_FIELDS = {"annotation", "returns", "decorator_list", "type_params", "bas
 SKIPPED_NODES = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
 SKIPPED_CALLS = {
     *("option", "with_default", "print", "warn", "warning", "info", "debug", "add_argument"),
-    *("TypeVar", "ArgumentParser"),
+    *("TypeVar", "ArgumentParser", "Tile"),
 }
 # pages and pictures of the studies, and the search that is run by hand
 SKIPPED_FILES = {f"minigpt/studies/{name}.py" for name in ("figures", "words", "peft_rates")}
@@ -89,9 +90,10 @@ class Change:
         return (source[: self.start] + self.new.encode() + source[self.end :]).decode()
 
 
-def draw(n: int, seed: int) -> list[Change]:
-    """N changes; more of the same seed begin with the same ones."""
-    changes = [change for file in files() for change in changes_of(file)]
+def draw(n: int, seed: int, within: Sequence[str] = ("",)) -> list[Change]:
+    """N changes of the files whose paths begin so; more of the same seed begin with the same."""
+    chosen = [file for file in files() if file.startswith(tuple(within))]
+    changes = [change for file in chosen for change in changes_of(file)]
     Random(seed).shuffle(changes)
     return changes[:n]
 

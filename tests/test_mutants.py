@@ -76,6 +76,10 @@ def test_more_changes_of_a_seed_begin_with_the_same_ones() -> None:
     assert draw(90, seed=3)[:40] == changes
     assert draw(40, seed=4) != changes
     assert len({*changes}) == 40
+    assert {c.file.split("/")[0] for c in draw(20, 3, ["peft_lite", "kernels/"])} == {
+        "peft_lite",
+        "kernels",
+    }
 
 
 @pytest.mark.parametrize(
