@@ -62,13 +62,13 @@ def lora_linear(
         backend: "torch", "triton", "fused", or "auto": the measured route (kernels/backend.py).
 
     Returns:
-        (..., N), in x's dtype, or in autocast's where it is on.
+        (..., N), in x's dtype, or in autocast's where it is on and x is not float64.
 
     Raises:
-        ValueError: the backend is unknown or cannot run here.
+        ValueError: the backend is unknown or cannot run here, or dropout_p lies outside [0, 1).
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, backend)
@@ -206,6 +206,8 @@ def few_rows(
 
 def draw(x: Tensor, p: float, seed: int | None) -> Tensor:
     """The bits of a mask for x (M, K).  The seed stays on the device: a CUDA graph captures it."""
+    if not 0 < p < 1:
+        raise ValueError(f"dropout_p is {p}, must lie in [0, 1)")
     at = torch.full((), seed, device=x.device) if seed is not None else None
     if at is None:
         at = torch.randint(2**31, (), device=x.device)

@@ -16,16 +16,18 @@ Shapes:  D width   R width of the bottleneck
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peft_lite import saved
 from peft_lite.method import Method, MethodSpec
 from peft_lite.options import option, target
 from peft_lite.select import Patterns, check_patterns, nearest, select_modules
-from peft_lite.wrapper import Wrapper, named_layers
+from peft_lite.wrapper import Wrapper, check_weight, named_layers, wide
 
 PLACES = {
     "houlsby": ("attention.output", "mlp.down"),
@@ -69,7 +71,7 @@ class BottleneckConfig:
                     + nearest(str(value), allowed)
                 )
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(f"r is {self.r}, must be a whole number of at least 1")
+            raise ValueError(f"r is {self.r!r}, must be a whole number of at least 1 (an int)")
         if self.target_modules is not None:
             check_patterns("target_modules", self.target_modules)
         saved.check(self.modules_to_save)
@@ -84,7 +86,8 @@ class Bottleneck(Wrapper):
     def __init__(self, base: nn.Module, width: int, config: BottleneckConfig) -> None:
         super().__init__(base)
         r, like = config.r, next(base.parameters())
-        new, dtype = like.new_zeros, torch.promote_types(like.dtype, torch.float32)
+        check_weight(base, like)
+        new, dtype = like.new_zeros, wide(like.dtype)
         self.down_weight = nn.Parameter(new(r, width, dtype=dtype))
         self.down_bias = nn.Parameter(new(r, dtype=dtype))
         self.up_weight = nn.Parameter(new(width, r, dtype=dtype))
@@ -93,8 +96,13 @@ class Bottleneck(Wrapper):
         bound = width**-0.5
         nn.init.uniform_(self.down_weight, -bound, bound)
 
-    def changed(self, x: Tensor) -> Tensor:
-        h: Tensor = self.base(x)
+    def changed(self, *inputs: Any, **named: Any) -> Any:
+        given = self.base(*inputs, **named)
+        h, *rest = given if isinstance(given, tuple) else (given,)
+        y = self.add_adapter(h, *inputs)  # of several outputs the first changes
+        return (y, *rest) if isinstance(given, tuple) else y
+
+    def add_adapter(self, h: Tensor, *inputs: Any) -> Tensor:
         return h + self.adapter(h)
 
     def adapter(self, h: Tensor) -> Tensor:
@@ -116,8 +124,10 @@ class Bottleneck(Wrapper):
 class ParallelBottleneck(Bottleneck):
     """A part of a block with an adapter beside it."""
 
-    def changed(self, x: Tensor) -> Tensor:
-        h: Tensor = self.base(x)
+    def add_adapter(self, h: Tensor, *inputs: Any) -> Tensor:
+        if not inputs:
+            raise ValueError("a parallel adapter reads the first input: give it without a keyword")
+        x: Tensor = inputs[0]
         return h + self.adapter(x)
 
 
@@ -131,6 +141,8 @@ def build(model: nn.Module, config: BottleneckConfig) -> Method:
         layers = [m for _, m in named_layers(part) if isinstance(m, nn.Linear)]
         if not name or not layers:
             raise ValueError(f"target {name or type(part).__name__!r} holds no linear layer")
+        if isinstance(part, NonDynamicallyQuantizableLinear):
+            raise ValueError(f"{name}: nn.MultiheadAttention reads the weight past the layer")
         entry, width = layers[0].in_features, layers[-1].out_features
         if parallel and entry != width:
             raise ValueError(f"{name}: a parallel adapter needs as many inputs as outputs")

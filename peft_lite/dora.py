@@ -6,7 +6,8 @@
 
 m starts as |W|, so that W' = W at first.  The bias stays outside: m scales the weight alone.
 The norm is a constant for the gradient (the paper's section 4.3) unless `detach_norm` is False.
-Of an embedding table (V, D) the columns are decomposed: the norm runs over the vocabulary.
+Of an embedding table (V, D) the columns are decomposed: the norm runs over the vocabulary.  Its
+padding row stays.
 
 R (in + out) + out parameters for each layer.  HF PEFT differs in training with dropout, where it
 drops inputs of W too.
@@ -23,7 +24,7 @@ from minigpt_kernels import lora_linear
 from peft_lite import lora
 from peft_lite.lora import LoraConfig, LoraEmbedding, LoraLinear, plain_linear
 from peft_lite.method import Method, MethodSpec
-from peft_lite.wrapper import dense_weight
+from peft_lite.wrapper import dense_weight, wide
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class DoraLinear(LoraLinear):
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
         """g (y - b + s (drop(x) A^T) B^T) + b"""
-        b = self.layer.bias
-        return self.scale(super().add_update(y if b is None else y - b.to(y.dtype), x))
+        v, b = y.to(wide(y.dtype)), self.layer.bias
+        v = (v if b is None else v - b) + self.update(x)
+        return self.scale(v).to(y.dtype)
 
     def scale(self, v: Tensor) -> Tensor:
         """g v + b, (..., out)"""
@@ -86,6 +88,8 @@ class DoraEmbedding(LoraEmbedding):
 
     def __init__(self, base: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
         super().__init__(base, r, alpha, config)
+        if self.layer.max_norm is not None:
+            raise ValueError("a table that rescales its rows to max_norm has no fixed magnitude")
         self.detach_norm = getattr(config, "detach_norm", True)
         self.magnitude = nn.Parameter(torch.linalg.vector_norm(dense_weight(self.layer), dim=0))
 
@@ -96,20 +100,25 @@ class DoraEmbedding(LoraEmbedding):
 
     def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
         """g (y + s A^T[id] B^T)"""
-        y = super().add_update(y, ids)
-        return (gain(self.magnitude, self.norm()) * y).to(y.dtype)
+        return (self.gain(ids) * (y + self.update(ids))).to(y.dtype)
+
+    def gain(self, ids: Tensor) -> Tensor:
+        """g (D,), for a table with a padding row (..., D): that row stays."""
+        g, padding = gain(self.magnitude, self.norm()), self.layer.padding_idx
+        return g if padding is None else torch.where((ids == padding)[..., None], 1, g)
 
     def new_weights(self) -> dict[str, Tensor]:
         v = dense_weight(self.layer) + self.delta()
-        return {"weight": gain(self.magnitude, self.norm()) * v}
+        return {"weight": self.gain(torch.arange(len(v), device=v.device)) * v}
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "lora_magnitude_vector": self.magnitude.data}
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """g = m / |V|; 0 for a row of zeros, where m = |V| = 0."""
-    return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    """g = m / |V|; 1 for a row of zeros, which has no direction."""
+    zero = norm == 0
+    return torch.where(zero, 1, magnitude / torch.where(zero, 1, norm))
 
 
 def build(model: nn.Module, config: DoraConfig) -> Method:

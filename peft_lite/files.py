@@ -88,6 +88,8 @@ def read(model: nn.Module, directory: Path) -> tuple[Any, dict[str, Tensor]]:
 def fill(model: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors that `read` has checked to their places: all of them, or none."""
     places, _ = match(model, method, tensors)
+    filled = {place.data_ptr() for place in places.values()}
+    left = [n for n, t in _untrained(model, method).items() if t.data_ptr() not in filled]
     before = [(place, place.clone()) for place in places.values()]
     try:
         for name, place in places.items():
@@ -96,8 +98,7 @@ def fill(model: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Non
         for place, values in before:
             place.copy_(values)
         raise
-    filled = {place.data_ptr() for place in places.values()}
-    if left := [n for n, t in _untrained(model, method).items() if t.data_ptr() not in filled]:
+    if left:
         names = ", ".join(left)
         logger.warning("the file lacks %s, which this model has freshly initialised", names)
 

@@ -1,8 +1,12 @@
 """The handle of a model: the methods on it, by name."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +27,11 @@ from peft_lite.wrapper import (
 )
 
 HANDLE = "_peft_lite_handle"  # the model's attribute
+HANDLES: "WeakSet[Handle]" = WeakSet()  # of all models
+# methods that act, each on all rows of a batch (None), or on some and how many there are
+Acting = Mapping[str, tuple[Tensor, int] | None]
+
+logger = logging.getLogger(__name__)
 
 
 def handle_of(model: nn.Module) -> "Handle":
@@ -31,11 +40,20 @@ def handle_of(model: nn.Module) -> "Handle":
     return handle if isinstance(handle, Handle) else Handle(model)
 
 
+@dataclass(eq=False)
+class Context:
+    """`enabled(False)` or `rows`, while it is open."""
+
+    name: str
+    acting: Acting
+
+
 class Handle:
     """The methods on a model.
 
     A call that raises has changed nothing.  Inside `enabled(False)` and `rows` no call changes
-    which methods there are or act.
+    which methods there are or act, and the model is not copied: leave them first.  Inside each
+    other, the last that was entered holds.
 
     Attributes:
         model: the model.
@@ -47,7 +65,17 @@ class Handle:
         self.model = model
         self.methods: dict[str, Method] = {}
         self.flags: dict[str, bool] = {}
-        self._contexts: list[str] = []  # that are open, the outermost first
+        self._usual: Acting = {}  # outside all contexts
+        self._contexts: list[Context] = []  # that are open, the last holds
+        HANDLES.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_outside("copy")
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        HANDLES.add(self)
 
     @property
     def active(self) -> list[str]:
@@ -73,27 +101,23 @@ class Handle:
         """With False: the model computes what it computed before anything was attached.  With
         True nothing changes, also inside `enabled(False)`.
         """
+        if flag:
+            yield
+            return
         self._check_unmerged("switch off")
-        active = [method for method in self.methods.values() if method.active and not flag]
-        if any(w.keep is False for method in active for w in method.weights.values()):
+        if any(
+            w.keep is False for name in self.active for w in self._method(name).weights.values()
+        ):
             raise ValueError(
                 "freezing trains the model's own weights and keeps no copy of the old values"
             )
-        with all_or_nothing(self):
-            for method in active:
-                method.activate(False)
-        try:
-            with self._open(f"enabled({flag})", active):
-                yield
-        finally:
-            for method in active:
-                method.activate(True)
+        with self._inside("enabled(False)", {}):
+            yield
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Row i of a batch uses the LoRA or DoRA called `names[i]`; None: the base model."""
         self._check_unmerged("choose rows")
-        self._check_outside("choose rows")
         chosen = {name: self._method(name) for name in dict.fromkeys(names) if name is not None}
         for name, method in chosen.items():
             if method.weights or not all(w.takes_rows for w in method.wrappers.values()):
@@ -102,27 +126,16 @@ class Handle:
                     "it cannot act on some rows of a batch only"
                 )
         device = next(self.model.parameters()).device
-        loras = {
-            name: method
-            for name, method in self.methods.items()
-            if any(w.takes_rows for w in method.wrappers.values())
+        acting: dict[str, tuple[Tensor, int] | None] = {
+            name: None
+            for name in self.active
+            if not any(w.takes_rows for w in self.methods[name].wrappers.values())
         }
-        before = {name: method.active for name, method in loras.items()}
-        with all_or_nothing(self):
-            for name, method in loras.items():
-                method.activate(name in chosen)
-                index = [i for i, row in enumerate(names) if row == name]
-                for layer in method.wrappers.values():
-                    if name in chosen:
-                        layer.take_rows(torch.tensor(index, device=device), len(names))
-        try:
-            with self._open("rows", chosen):
-                yield
-        finally:
-            for name, method in loras.items():
-                method.activate(before[name])
-                for layer in method.wrappers.values():
-                    layer.take_rows(None)
+        for name in chosen:
+            index = [i for i, row in enumerate(names) if row == name]
+            acting[name] = (torch.tensor(index, device=device), len(names))
+        with self._inside("rows", acting):
+            yield
 
     def combine(self, name: str, weights: Mapping[str, float]) -> None:
         """Adds a LoRA whose update is the weighted sum of others', sum_i w_i s_i B_i A_i."""
@@ -175,7 +188,8 @@ class Handle:
         """Removes a method, None: all, and restores modules, weights and `requires_grad`.
 
         Freezing is the exception: the weights it trained keep their values.  Of several methods of
-        one kind none acts once the acting one is removed: `switch` to another.
+        one kind none acts once the acting one is removed: `switch` to another.  What is merged is
+        unmerged first.
         """
         self._check_attached()
         names = list(self.methods) if name is None else [name]
@@ -184,8 +198,12 @@ class Handle:
         with self._change("detach"):
             if self._merged:
                 self.unmerge()
+            acted = {self.methods[each].kind for each in names if self.methods[each].active}
             for each in reversed(names):
                 self._take_off(each, fold=False)
+        for kind in acted:
+            if left := [n for n, method in self.methods.items() if method.kind == kind]:
+                logger.warning("no %s acts now: switch to %s", kind, " or ".join(map(repr, left)))
 
     def state(self, name: str | None = None) -> dict[str, Tensor]:
         """Copies of a method's tensors under the names of HF PEFT's files; None: of the only one.
@@ -208,9 +226,8 @@ class Handle:
     def put(self, name: str, method: Method) -> None:
         """Puts a built method on the model and activates it (the last step of `attach`)."""
         self._check_unmerged("attach")
+        self._check_alone()
         check_compatible(self.methods, name, method)
-        if not self.methods:
-            self._check_alone()
         with self._change("attach"):
             if not self.methods:
                 self.flags = {n: p.requires_grad for n, p in named_weights(self.model)}
@@ -232,7 +249,7 @@ class Handle:
         method.uninstall(self.model, fold)
         if not self.methods:
             for n, p in self.model.named_parameters():
-                p.requires_grad_(self.flags.get(n, True))
+                p.requires_grad_(self.flags.get(n, p.requires_grad))
             delattr(self.model, HANDLE)
 
     @staticmethod
@@ -255,26 +272,50 @@ class Handle:
             yield
 
     @contextmanager
-    def _open(self, context: str, methods: Collection[object]) -> Iterator[None]:
-        """Inside it the methods that it switched stay as they are."""
-        self._contexts += [context] if methods else []
+    def _inside(self, name: str, acting: Acting) -> Iterator[None]:
+        """A context in which these methods act and no others."""
+        context = Context(name, acting)
+        if not self._contexts:
+            self._usual = dict.fromkeys(self.active)
+        self._contexts.append(context)
         try:
+            self._act(acting)
             yield
         finally:
-            self._contexts = self._contexts[:-1] if methods else self._contexts
+            self._contexts.remove(context)
+            left = self._contexts[-1].acting if self._contexts else self._usual
+            try:
+                self._act(left)
+            except BaseException:  # an interrupt: again, so that no half of it is left
+                self._act(left)
+                raise
+
+    def _act(self, acting: Acting) -> None:
+        # those that rest first: others may change the same weights
+        for name in sorted(self.methods, key=acting.__contains__):
+            self.methods[name].activate(name in acting)
+            for wrapper in self.methods[name].wrappers.values():
+                wrapper.take_rows(*acting.get(name) or (None,))
 
     def _check_outside(self, what: str) -> None:
         if self._contexts:
-            raise ValueError(f"cannot {what} inside {self._contexts[-1]}: leave it first")
+            raise ValueError(f"cannot {what} inside {self._contexts[-1].name}: leave it first")
 
     def _check_alone(self) -> None:
-        """Refuses a model within which, or around which, another handle's methods stand."""
-        for name, module in self.model.named_modules():
-            if name and isinstance(getattr(module, HANDLE, None), Handle):
-                raise ValueError(f"{name} has methods of its own: detach them first")
-            if isinstance(module, Wrapper):
+        """Refuses a model of which a part has methods of another handle."""
+        parts = set(self.model.modules())
+        for other in HANDLES:
+            if other is not self and other.methods and not parts.isdisjoint(other.model.modules()):
                 raise ValueError(
-                    "the model is part of another that has methods: attach to that one"
+                    f"{type(other.model).__name__} has methods and shares modules with this "
+                    f"{type(self.model).__name__}: attach to it, or detach them first"
+                )
+        mine = {id(w) for method in self.methods.values() for w in method.wrappers.values()}
+        for part in parts:
+            if isinstance(part, Wrapper) and id(part) not in mine:
+                raise ValueError(
+                    f"a method of another model stands in this {type(self.model).__name__}: "
+                    "it is the copy of a part, copy a model whole"
                 )
 
     def _check_unmerged(self, what: str) -> None:

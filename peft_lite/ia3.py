@@ -19,7 +19,7 @@ from peft_lite import fields, saved
 from peft_lite.method import Method, MethodSpec
 from peft_lite.options import names, option, target
 from peft_lite.select import Patterns, check_patterns, hf_name, select_modules
-from peft_lite.wrapper import Copied, WeightWrapper, Wrapper, dense_weight
+from peft_lite.wrapper import Copied, WeightWrapper, Wrapper, dense_weight, wide
 
 PAPER, PAPER_FEEDFORWARD = ("key", "value", "mlp.down"), ("mlp.down",)
 
@@ -67,9 +67,10 @@ class IA3Output(WeightWrapper):
         return (self.scale * y).to(y.dtype)  # in float32: 1.003 is 1 in bfloat16
 
     def new_weights(self) -> dict[str, Tensor]:
-        new = {"weight": self.scale[:, None] * dense_weight(self.layer)}
-        if self.layer.bias is not None:
-            new["bias"] = self.scale * self.layer.bias
+        new = {"weight": self.scale[:, None] * dense_weight(self.base)}
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        if bias is not None:
+            new["bias"] = self.scale * bias
         return new
 
     def tensors(self) -> dict[str, Tensor]:
@@ -90,7 +91,7 @@ class IA3Input(WeightWrapper):
         return y
 
     def new_weights(self) -> dict[str, Tensor]:
-        return {"weight": dense_weight(self.layer) * self.scale}
+        return {"weight": dense_weight(self.base) * self.scale}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"ia3_l": self.scale.data[None, :]}
@@ -99,8 +100,7 @@ class IA3Input(WeightWrapper):
 def ones(layer: nn.Module, width: int) -> nn.Parameter:
     """l (width,) at its start, in float32 or wider, on the layer's device."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return nn.Parameter(torch.ones(width, dtype=dtype, device=weight.device))
+    return nn.Parameter(torch.ones(width, dtype=wide(weight.dtype), device=weight.device))
 
 
 def build(model: nn.Module, config: IA3Config) -> Method:

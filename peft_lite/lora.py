@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 
 from minigpt_kernels import lora_linear
 from peft_lite import bias, fields, saved
@@ -39,7 +40,7 @@ from peft_lite.select import (
     resolve_pattern,
     select_modules,
 )
-from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight
+from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight, is_dense, wide
 
 MAX = torch.finfo(torch.float32).max
 
@@ -94,12 +95,16 @@ class LoraConfig:
             raise ValueError(f"use_rslora is {self.use_rslora!r}, must be true or false")
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"rank r is {r}, must be a whole number of at least 1")
+                raise ValueError(f"rank r is {r!r}, must be a whole number of at least 1 (an int)")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not _is_number(alpha) or not 0 < alpha <= MAX:
-                raise ValueError(f"lora_alpha is {alpha}, must be a positive number")
+                raise ValueError(
+                    f"lora_alpha is {alpha!r}, must be a positive number (an int or float)"
+                )
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}, must lie in [0, 1)")
+            raise ValueError(
+                f"lora_dropout is {self.lora_dropout!r}, must lie in [0, 1) (an int or float)"
+            )
         check_layers(self.layers_to_transform)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}, must be 'none', 'all' or 'lora_only'")
@@ -126,7 +131,7 @@ class LoraLayer(WeightWrapper):
     ) -> None:
         super().__init__(base)
         weight = self.layer.weight
-        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        dtype, device = wide(weight.dtype), weight.device
         self.lora_a = nn.Parameter(torch.zeros(r, inputs, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, r, dtype=dtype, device=device))
         self.alpha = alpha
@@ -153,6 +158,10 @@ class LoraLayer(WeightWrapper):
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output, given the base's output y for the same x."""
+        return y + self.update(x).to(y.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What A and B give for x."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
@@ -161,6 +170,8 @@ class LoraLayer(WeightWrapper):
 
     def new_weights(self) -> dict[str, Tensor]:
         """W + s B A, summed in A's dtype."""
+        if self.rows is not None:
+            raise ValueError("inside handle.rows each row has a weight of its own")
         return {"weight": dense_weight(self.layer) + self.delta()}
 
 
@@ -181,11 +192,10 @@ class LoraLinear(LoraLayer):
         # y = base(x) + s (drop(x) A^T) B^T, in one fused product where base(x) is x W^T + b
         return lora_linear(x, *W, A, B, s, p) if W else self.add_update(self.base(x), x)
 
-    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + s (drop(x) A^T) B^T"""
+    def update(self, x: Tensor) -> Tensor:
+        """s (drop(x) A^T) B^T"""
         A, B = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        update = F.dropout(x, self.dropout, self.training) @ A.T @ B.T
-        return y + (self.scaling * update).to(y.dtype)
+        return self.scaling * (F.dropout(x, self.dropout, self.training) @ A.T @ B.T)
 
     def delta(self) -> Tensor:
         return self.scaling * product(self.lora_b, self.lora_a)
@@ -207,10 +217,13 @@ class LoraEmbedding(LoraLayer):
         # y = base(id) + s A^T[id] B^T
         return self.add_update(self.base(ids), ids)
 
-    def add_update(self, y: Tensor, ids: Tensor) -> Tensor:
-        """y + s A^T[id] B^T; a padding row of A^T gets no gradient and stays zero."""
-        update = F.embedding(ids, self.lora_a.T, self.layer.padding_idx) @ self.lora_b.T
-        return y + (self.scaling * update).to(y.dtype)
+    def update(self, ids: Tensor) -> Tensor:
+        """s A^T[id] B^T; a padding row of A^T gets no gradient and stays zero.
+
+        A table that scales its rows, as Gemma's does, scales these, too.
+        """
+        rows = F.embedding(ids, self.lora_a.T, self.layer.padding_idx)
+        return self.scaling * (rows @ self.lora_b.T) * getattr(self.layer, "embed_scale", 1.0)
 
     def delta(self) -> Tensor:
         return self.scaling * product(self.lora_b, self.lora_a).T
@@ -237,8 +250,11 @@ def build(
     for name, layer in layers.items():
         if not name:
             raise ValueError("the model is itself a layer: put it into a module of its own")
-        if isinstance(layer, NonDynamicallyQuantizableLinear):
-            raise ValueError(f"{name}: nn.MultiheadAttention reads the weight past the layer")
+        if isinstance(layer, NonDynamicallyQuantizableLinear) and config.lora_dropout:
+            raise ValueError(
+                f"{name}: nn.MultiheadAttention reads the weight past the layer, so that "
+                f"lora_dropout, which is {config.lora_dropout}, would not act: must be 0"
+            )
     ranks = resolve_pattern(model, layers, config.rank_pattern, "rank_pattern")
     alphas = resolve_pattern(model, layers, config.alpha_pattern, "alpha_pattern")
     wrappers: dict[str, Wrapper] = {}
@@ -264,6 +280,8 @@ def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     that is parametrized, pruned or packed (int8, 4-bit), or another method that acts.  A class
     states that its forward pass is x W^T + b by `plain_linear = forward`.
     """
+    if _has_any_global_hook():
+        return None
     while True:
         if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
             return None
@@ -277,9 +295,7 @@ def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     kind, weight, bias = type(base), base._parameters.get("weight"), base._parameters.get("bias")
     if kind.forward not in (nn.Linear.forward, getattr(kind, "plain_linear", None)):
         return None
-    if weight is None or type(weight) not in (nn.Parameter, Tensor):
-        return None
-    return (weight, bias) if weight.is_floating_point() else None
+    return None if weight is None or not is_dense(weight) else (weight, bias)
 
 
 def dense_shape(layer: nn.Module) -> tuple[int, int]:

@@ -12,6 +12,12 @@ from peft_lite import wrapper
 from peft_lite.wrapper import Wrapper
 
 
+def check_trains(name: str, p: Tensor) -> None:
+    """Refuses a parameter that holds codes (int8, 4-bit, float8): steps would be lost."""
+    if p.dtype.itemsize == 1 or not (p.is_floating_point() or p.is_complex()):
+        raise ValueError(f"{name} is packed as {p.dtype}: it cannot train")
+
+
 class InPlace:
     """A weight of the model that trains in place.
 
@@ -24,20 +30,23 @@ class InPlace:
     def __init__(self, parameter: nn.Parameter, keep: bool = True) -> None:
         self.parameter, self.keep = parameter, keep
         self.other: Tensor | None = None  # the values not in the parameter
+        self.active = True
 
     def install(self) -> None:
+        """The tuned values start as a copy, the original tensor is kept."""
         if self.keep:
-            self.other = self.parameter.detach().clone()
+            self.other, self.parameter.data = self.parameter.data, self.parameter.data.clone()
 
     def tuned(self, active: bool) -> Tensor:
         """The tuned values."""
         return self.parameter.data if active or self.other is None else self.other
 
-    def swap(self) -> None:
-        """Exchanges original and tuned values."""
-        if self.other is not None:
+    def activate(self, active: bool) -> None:
+        """Puts the tuned or the original values into the parameter."""
+        if active != self.active and self.other is not None:
             p = self.parameter
             p.data, self.other = self.other.to(p.device, p.dtype), p.data
+        self.active = active
 
 
 @dataclass
@@ -57,6 +66,10 @@ class Method:
     weights: Mapping[str, InPlace] = field(default_factory=dict)
     active: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            check_trains(name, weight.parameter)
 
     def trained(self) -> list[nn.Parameter]:
         parts = [p for w in self.wrappers.values() for p in w.trained()]
@@ -86,9 +99,8 @@ class Method:
 
     def activate(self, active: bool) -> None:
         """Switches it on or off."""
-        if active != self.active:
-            for weight in self.weights_once().values():
-                weight.swap()
+        for weight in self.weights_once().values():
+            weight.activate(active)
         self.active = active
         for w in self.wrappers.values():
             w.active = active

@@ -77,7 +77,7 @@ class PrefixConfig:
 
 def check_count(field: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} is {value!r}, must be a whole number of at least 1")
+        raise ValueError(f"{field} is {value!r}, must be a whole number of at least 1 (an int)")
 
 
 class PrefixTable(nn.Module):
@@ -160,7 +160,8 @@ class Prefix(Wrapper):
         return torch.cat([columns.expand(len(mask), 1, T, K), mask], -1)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self.source().detach()}
+        with torch.autocast(next(self.source.parameters()).device.type, enabled=False):
+            return {"prompt_embeddings": self.source().detach()}
 
 
 class Shift(Wrapper):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from peft_lite.method import InPlace
+from peft_lite.method import InPlace, check_trains
 from peft_lite.select import select_modules
 from peft_lite.wrapper import Copied, Wrapper
 
@@ -31,6 +31,8 @@ def add(
     for name, module in modules.items():
         if not any(True for _ in module.parameters()):
             raise ValueError(f"modules_to_save: {name} has no parameter to train")
+        for end, p in module.named_parameters():
+            check_trains(f"{name}.{end}", p)
         if any(isinstance(part, Wrapper) for part in module.modules()):
             raise ValueError(
                 f"modules_to_save: within {name} another method stands around a layer: "

@@ -105,9 +105,12 @@ def select_modules(
         matched = {n for n in modules if _any(hit, model, n)}
         if not matched:
             ends = {s.rsplit(".", 1)[-1] for n in modules for s in (n, hf_name(model, n))}
+            hint = nearest(pattern, ends)
+            if isinstance(patterns, str) and pattern in ends:
+                hint = f" (a string matches whole names, a list as [{pattern!r}] their ends)"
             raise ValueError(
                 f"target {pattern!r} matches no {'/'.join(k.__name__ for k in kinds)} layer of "
-                f"{type(model).__name__}{nearest(pattern, ends)}; layers end in "
+                f"{type(model).__name__}{hint}; layers end in "
                 f"{', '.join(sorted(e for e in ends if not e.isdecimal()))}"
             )
         chosen |= matched

@@ -4,6 +4,7 @@ A kill, a full disk or a crash at any moment leaves the old file or the new one,
 `NAME.partial` beside it.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
     except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+        raise OSError(errno.EIO, str(error), str(path)) from None  # a full disk
 
 
 def write_pair(

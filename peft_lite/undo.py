@@ -58,4 +58,4 @@ def _methods(handle: "Handle") -> Iterator[Callable[[], None]]:
     for method in handle.methods.values():
         yield partial(setattr, method, "active", method.active)
         for weight in method.weights.values():
-            yield partial(setattr, weight, "other", weight.other)
+            yield partial(weight.__dict__.update, other=weight.other, active=weight.active)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
 
 class Wrapper(nn.Module):
@@ -37,6 +39,11 @@ class Wrapper(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        if has_global_hooks():
+            raise ValueError(
+                "forward hooks for all modules (register_module_forward_hook) would act on the "
+                "modules that a method adds, too: remove them first"
+            )
         self.base = base
         self.active = True
         self.in_place = False  # in the model
@@ -51,13 +58,20 @@ class Wrapper(nn.Module):
         return self.changed(*inputs, **named) if self.active else self.base(*inputs, **named)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute that the wrapper lacks is the base's."""
+        """An attribute that the wrapper lacks is the base's, unless it leads past the change."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if not self.__dict__.get("in_place", False):
                 raise
-            return getattr(self.stands_for, name)
+            module = self.stands_for
+            value = getattr(module, name)
+            if self.acts and module is self.base and isinstance(value, nn.Parameter | nn.Module):
+                raise AttributeError(
+                    f"{name!r} of {type(innermost(module)).__name__} is read past the change that "
+                    f"{type(self).__name__} makes: attach to the module that reads it"
+                ) from None
+            return value
 
     @property
     def stands_for(self) -> nn.Module:
@@ -95,6 +109,7 @@ class WeightWrapper(Wrapper):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
+        check_weight(self.layer, self.layer.weight)
         self.merged = False
         self.tied: tuple[nn.Parameter, ...] = ()  # the shared parameter, while the layer is untied
         # the layer's original tensors while it is merged; buffers, so that they move with the model
@@ -126,11 +141,7 @@ class WeightWrapper(Wrapper):
 
     def _changed_weight(self, name: str) -> Tensor:
         below: Tensor = getattr(self.base, name)
-        if not self.acts:
-            return below
-        if any(w.acts for w in within(self)):
-            raise AttributeError(f"the {name} under two methods that act is none of them's")
-        new = self.new_weights().get(name)
+        new = self.new_weights().get(name) if self.acts else None
         return below if new is None else new.to(below.dtype)
 
     def new_weights(self) -> dict[str, Tensor]:
@@ -169,12 +180,19 @@ class WeightWrapper(Wrapper):
         self.merged = False
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._check_unmerged()
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._check_unmerged()
+        super()._load_from_state_dict(*arguments)
+
+    def _check_unmerged(self) -> None:
         if self.merged:
             raise ValueError(
                 "a state_dict while a method is merged would count its change twice: "
                 "unmerge or fold first"
             )
-        super()._save_to_state_dict(*arguments)
 
 
 class Copied(Wrapper):
@@ -186,7 +204,14 @@ class Copied(Wrapper):
     copy: nn.Module
 
     def begin(self) -> None:
-        self.copy = deepcopy(innermost(self.base)).requires_grad_(True)  # tied to nothing
+        module = innermost(self.base)
+        kind = type(module).__name__
+        if any("forward" in part.__dict__ for part in module.modules()):
+            raise ValueError(f"modules_to_save: the forward pass of a copy of {kind} is this one's")
+        try:
+            self.copy = deepcopy(module).requires_grad_(True)  # tied to nothing
+        except RuntimeError as error:  # a weight that a hook computes
+            raise ValueError(f"modules_to_save: {kind} cannot be copied: {error}") from error
 
     def changed(self, *inputs: Any, **named: Any) -> Any:
         return self.copy(*inputs, **named)
@@ -220,19 +245,37 @@ def within(wrapper: WeightWrapper) -> Iterator[WeightWrapper]:
         module = module.base
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of what a method computes and trains beside a weight: float64 beside that, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_weight(module: nn.Module, weight: Tensor) -> None:
+    """Refuses a module that nothing of real numbers can be put beside."""
+    if is_lazy(weight) or weight.is_complex():
+        what = "no shape yet" if is_lazy(weight) else "complex numbers"
+        raise ValueError(f"the weight of {type(innermost(module)).__name__} has {what}")
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether its numbers are the weights, and not codes of them (int8, 4-bit, float8)."""
+    plain = type(weight) in (nn.Parameter, Tensor)
+    return plain and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as a plain matrix, in float32 or wider.
+    """The weight of a layer as a plain matrix, in float32 or float64.
 
     Raises:
         ValueError: the weight is packed, so its numbers are codes.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if not weight.is_floating_point():
+    if not is_dense(weight):
         raise ValueError(
-            f"the weight of {type(layer).__name__} is packed as {weight.dtype}, must be floating "
-            "point: dequantize the layer first"
+            f"the weight of {type(innermost(layer)).__name__} is packed as {weight.dtype}, must be "
+            "floating point: dequantize the layer first"
         )
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.to(wide(weight.dtype))
 
 
 def merge_obstacle(layer: nn.Module) -> str | None:
@@ -248,13 +291,18 @@ def merge_obstacle(layer: nn.Module) -> str | None:
         return f"the weight of {kind.__name__} is parametrized or pruned"
     if weight.is_meta:
         return f"the weight of {kind.__name__} has no values: it lies on the meta device"
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    if not is_dense(weight):
         return f"the weight of {kind.__name__} is packed as {weight.dtype}"
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if layer._forward_hooks or layer._forward_pre_hooks or has_global_hooks():
         return f"{kind.__name__} has forward hooks, which can change what it computes"
     if getattr(layer, "max_norm", None) is not None:
         return f"{kind.__name__} rescales its rows to max_norm"
     return None
+
+
+def has_global_hooks() -> bool:
+    """Whether there are forward hooks that torch calls for every module."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,9 +2,10 @@
 
 A command's module is imported once its name is given, so that help and mistakes come at once.
 
-Exit status, with one line on stderr unless it is 0 or 141:
+Exit status, with one line on stderr unless it is 0, 1 or 141:
 
     0     done
+    1     `verify` has found a damaged file
     2     a mistake in the arguments or the files, a full disk, too little memory
     70    a fault of this program; the line names the file with its trace
     130   interrupted
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 
 from minigpt import __version__
 from minigpt.commands.command import Command
+from minigpt.training.interrupt import terminable
 
 COMMANDS = {
     "finetune": "fine-tune a pretrained decoder on a text",
@@ -31,6 +33,7 @@ COMMANDS = {
     "pretrain": "train a tokenizer and a model from texts",
     "info": "table of parameters for a model and a method",
     "study": "rerun a published experiment and put its claims to the test",
+    "verify": "check every file of a run",
 }
 
 
@@ -87,11 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="minigpt: %(message)s")
     whole = parser()
     try:
-        given: dict[str, Any] = vars(whole.parse_args(arguments))
-        name = given.pop("command")
-        status = command(name).execute(name, given)
-        print(end="", flush=True)
-        return status
+        with terminable():
+            given: dict[str, Any] = vars(whole.parse_args(arguments))
+            name = given.pop("command")
+            status = command(name).execute(name, given)
+            print(end="", flush=True)
+            return status
     except KeyboardInterrupt:
         print("minigpt: interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minigpt.settings import runs
+from minigpt.settings.lock import owned
 from minigpt.settings.options import add_options
 from minigpt.training.interrupt import Interrupted
 
@@ -54,19 +55,34 @@ class Run:
         parser.add_argument(
             "--resume", action="store_true", default=False, help="continue the run in --out"
         )
+        parser.add_argument(
+            "--accept",
+            nargs="+",
+            default=[],
+            choices=runs.ENVIRONMENT,
+            help="what may differ from the run that is continued: its last bits may differ then",
+        )
 
     def execute(self, name: str, given: dict[str, Any]) -> int:
-        out, resume = given.pop("out"), given.pop("resume")
-        settings: Any = runs.settle(self.settings, name, given, out, resume)
-        summary = runs.summary(out)
-        if summary is not None:
-            print(f"minigpt: the run in {out} is complete", file=sys.stderr)
+        out, resume, accepted = (given.pop(option) for option in ("out", "resume", "accept"))
         try:
-            _print_summary(summary or self.function(settings, out, resume), out)
+            with owned(out):
+                settings: Any = runs.settle(self.settings, name, given, out, resume)
+                summary = runs.summary(out)
+                if summary is not None:
+                    print(f"minigpt: the run in {out} is complete", file=sys.stderr)
+                else:
+                    runs.check_environment(out, accepted)
+                    summary = self.function(settings, out, resume)
+            _print_summary(summary, out)
         except Interrupted as stop:
             again = f"minigpt {name} --resume --out {shlex.quote(str(out))}"
             print(f"minigpt: {stop}; continue with: {again}", file=sys.stderr)
             return 130
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise ValueError(f"cannot write to {out}: {error.strerror or error}") from None
         return 0
 
 

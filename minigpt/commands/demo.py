@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console()
-    out = next(p for i in count(1) if not (p := Path(f"runs/demo-{i}")).exists())
+    out = new_folder()
     results: dict[str, dict[str, Any]] = {}
     for method, options in METHODS.items():
         command = ["finetune", "--method", method, *COMMON, *options, "--out", str(out / method)]
@@ -52,6 +53,15 @@ def main() -> int:
     plot(out, results)
     console.print(f"losses drawn in {out / 'losses.png'}, everything else beside it")
     return 0
+
+
+def new_folder() -> Path:
+    """Makes runs/demo-N, of the first number that no other demo has."""
+    for i in count(1):
+        with suppress(FileExistsError):
+            (out := Path(f"runs/demo-{i}")).mkdir(parents=True)
+            return out
+    raise AssertionError("the numbers do not end")
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:

@@ -1,6 +1,5 @@
 """`minigpt finetune`: a pretrained decoder, a text, a method -> an adapter, metrics, a sample."""
 
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from minigpt.checkpoints.directory import load, save
 from minigpt.checkpoints.source import find
 from minigpt.commands.command import Run
-from minigpt.data.tales import text_of
+from minigpt.data.tales import text_file, text_of
 from minigpt.data.text import RandomWindows, consecutive_windows, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
@@ -18,6 +17,7 @@ from minigpt.models.architecture import Decoder
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings import methods, runs
 from minigpt.settings.device import DeviceOption
+from minigpt.settings.manifest import model_files
 from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
 from minigpt.settings.training import TrainingOptions
@@ -71,7 +71,8 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         )
     if settings.checkpoint_activations:
         checkpoint_activations(model.blocks)
-    runs.claim(out, "finetune", settings)
+    inputs = {"text": [text_file(settings.text)], **model_files(directory)}
+    runs.claim(out, "finetune", settings, inputs)
 
     counts = report(model)
     before = evaluate(model, language_model_loss, heldout, settings.bf16)
@@ -107,8 +108,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "result_bytes": sum(f.stat().st_size for f in (out / result).glob("*.safetensors")),
         "config": asdict(config),
     }
-    storage.write_json(out / "summary.json", summary)
-    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    runs.complete(out, summary)
     return summary
 
 

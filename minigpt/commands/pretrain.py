@@ -5,7 +5,6 @@ it, mlm predicts masked tokens from those on both sides.
 """
 
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from minigpt.checkpoints.directory import save
 from minigpt.commands.command import Run
-from minigpt.data.tales import text_of
+from minigpt.data.tales import text_file, text_of
 from minigpt.data.text import IGNORED, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.models.config import positive
@@ -68,6 +67,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes `OUT/model` (weights, config, tokenizer) and `OUT/summary.json`."""
     device = settings.find_device()
     before_model = memory.resident()
+    settings.check_sizes()
     positive(settings, "vocab_size")
     parts = [split_text(text_of(file), settings.heldout) for file in settings.text]
     train_texts, heldout_texts = zip(*parts, strict=True)
@@ -86,7 +86,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     learned = windows(train_texts)
     batches = objective.batches(learned)
     heldout = list(objective.heldout(windows(heldout_texts)))
-    runs.claim(out, "pretrain", settings)
+    runs.claim(out, "pretrain", settings, {"text": map(text_file, settings.text)})
     with progress_bar("pretrain", settings.steps, settings.tokens_a_step) as observe:
         rows = train(model, objective.loss, batches, settings, out, heldout, resume, observe)
 
@@ -114,8 +114,7 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
         "peak_memory_bytes": memory.peak(),
         "config": asdict(settings),
     }
-    storage.write_json(out / "summary.json", summary)
-    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    runs.complete(out, summary)
     return summary
 
 

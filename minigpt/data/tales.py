@@ -9,13 +9,18 @@ CARROLL, POE = "bundled-carroll", "bundled-poe"
 TALES = {name: FOLDER / f"{name.removeprefix('bundled-')}.txt" for name in (CARROLL, POE)}
 
 
+def text_file(source: str) -> Path:
+    """The path of a text, or of a bundled tale."""
+    return TALES.get(source) or Path(source)
+
+
 def text_of(source: str) -> str:
     """The text in a file, or that of a bundled tale.
 
     Raises:
         ValueError: there is no such text, or it is not UTF-8.
     """
-    path = TALES.get(source) or Path(source)
+    path = text_file(source)
     if not path.exists():
         raise ValueError(
             f"cannot read the text {source}: no such file, and not {' or '.join(TALES)}"

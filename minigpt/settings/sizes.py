@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minigpt.models.config import MAX_LAYERS, probability, size
 from minigpt.settings.options import option
 
 WINDOW = 32  # keys that a local block sees, unless --window-size says otherwise
@@ -16,3 +17,11 @@ class SizeOptions:
     num_heads: int = option("heads H", 7)
     window_size: int | None = option(f"clm: keys that a local block sees (default: {WINDOW})", None)
     dropout: float = option("dropout on embeddings and residual branches", 0.1)
+
+    def check_sizes(self) -> None:
+        """Raises ValueError for a size that no model has, before a text is read."""
+        size(self, "hidden_size", "num_heads")
+        size(self, "num_layers", at_most=MAX_LAYERS)
+        if self.window_size is not None:
+            size(self, "window_size")
+        probability(self, "dropout")

@@ -18,13 +18,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from minigpt.checkpoints.source import find
+from minigpt.data import labelled
+from minigpt.data.tales import text_file
 from minigpt.settings import runs
 from minigpt.settings.checks import check_installed
+from minigpt.settings.manifest import model_files
 from minigpt.studies import report as reports
 from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
 from minigpt.studies.words import enough
-from peft_lite import storage
 
 STUDIES: Mapping[str, str] = {
     "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
@@ -82,7 +85,7 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
     check_installed("matplotlib", "jinja2", "scipy")
     module = study(name)
     todo = module.parts(settings)
-    runs.claim(out, f"study {name}", settings)
+    runs.claim(out, f"study {name}", settings, _inputs(settings))
     results = Lab(out).run(todo)
     measured = module.measure(settings, results)
     report, figures = module.report(measured), Figures(out / "figures")
@@ -91,5 +94,18 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
     seeds = enough(settings.seeds, "seed")
     summary: dict[str, object] = {"study": name, "parts": len(todo), "seeds": seeds}
     summary |= {f"claim {finding.claim}": finding.verdict for finding in report.findings}
-    storage.write_json(out / "summary.json", summary)
+    runs.complete(out, summary)
     return summary
+
+
+def _inputs(settings: Any) -> dict[str, list[Path]]:
+    """The files that a study reads: of its model, its texts and its labelled texts."""
+    given = vars(settings)
+    inputs = model_files(find(given["model"]))
+    for name in ("text", "text2", "pretraining_text"):
+        if source := given.get(name):
+            inputs[name] = [text_file(source)]
+    if data := given.get("data"):
+        folder = labelled.BUNDLED if data == "bundled" else Path(data)
+        inputs["data"] = sorted([*folder.glob("train.*"), *folder.glob("test.*")])
+    return inputs

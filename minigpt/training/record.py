@@ -1,9 +1,16 @@
-"""What a run leaves on disk: one row of metrics a step, and snapshots."""
+"""What a run leaves on disk: one row of metrics a step, and snapshots.
 
+A snapshot says what its run is: the settings, a fingerprint of all frozen tensors, and the SHA-256
+of the rows of metrics up to its step.
+"""
+
+import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +28,15 @@ class Record:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        config: Any,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics = directory / "metrics.jsonl"
         self.snapshots = directory / "snapshots"
         self.parameters, self.optimizer = parameters, optimizer
-        self.frozen = snapshot.fingerprint(model)
+        settings = json.loads(json.dumps(asdict(config), default=str))
+        self.run = {"settings": settings, "frozen": snapshot.fingerprint(model)}
+        self.rows = hashlib.sha256()  # of the rows so far
 
     def start(self) -> None:
         """Raises ValueError where the files of another run stand."""
@@ -36,26 +46,50 @@ class Record:
             )
 
     def restore(self) -> list[dict[str, float]]:
-        """Restores the newest snapshot and drops the metrics of the steps after it."""
-        step = snapshot.restore(self.snapshots, self.parameters, self.optimizer, self.frozen)
-        lines = self.metrics.read_text().splitlines()[:step] if self.metrics.exists() else []
-        if len(lines) < step:
-            raise ValueError(f"{self.metrics} has {len(lines)} rows, the snapshot {step} steps")
-        storage.write_text(self.metrics, "".join(f"{line}\n" for line in lines))
-        return [json.loads(line) for line in lines]
+        """Restores the newest snapshot and drops the metrics of the steps after it.
+
+        Raises:
+            ValueError: the snapshot is of another run, or the metrics are not those it knows of.
+        """
+        state = snapshot.restore(self.snapshots, self.parameters, self.optimizer, self.run)
+        rows = [] if state is None else check_rows(self.metrics, state)
+        storage.write_text(self.metrics, b"".join(rows).decode())
+        self.rows.update(b"".join(rows))
+        return [json.loads(row) for row in rows]
 
     def write(self, row: Mapping[str, float]) -> None:
         """Appends a row of metrics."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row).encode() + b"\n"
+        with self.metrics.open("ab") as file:
+            file.write(line)
+        self.rows.update(line)
 
     def snapshot(self, step: int) -> None:
         """Saves the state after `step` updates."""
         with self.metrics.open() as file:
             os.fsync(file.fileno())  # a snapshot never knows of steps that the metrics do not
-        snapshot.save(self.snapshots, step, self.parameters, self.optimizer, self.frozen)
+        run = {**self.run, "metrics": self.rows.hexdigest()}
+        snapshot.save(self.snapshots, step, self.parameters, self.optimizer, run)
 
     def last_good(self) -> str:
         """The end of an error message: where the newest snapshot is."""
-        files = sorted(self.snapshots.glob("step-*.safetensors"))
+        files = snapshot.files(self.snapshots)
         return f"; the last good state is {files[-1]}" if files else ""
+
+
+def check_rows(metrics: Path, state: Mapping[str, Any]) -> list[bytes]:
+    """The rows of metrics up to a snapshot's step, each with its newline.
+
+    Raises:
+        ValueError: there are fewer, or they are not those that the snapshot knows of.
+    """
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    rows = lines[: state["step"]]
+    if len(rows) < state["step"]:
+        raise ValueError(f"{metrics} has {len(rows)} rows, the snapshot {state['step']} steps")
+    if hashlib.sha256(b"".join(rows)).hexdigest() != state["metrics"]:
+        raise ValueError(
+            f"{metrics} is damaged or was edited: up to step {state['step']} its SHA-256 is "
+            "another; bring it back, or start a new run"
+        )
+    return rows

@@ -1,30 +1,44 @@
 """A training run's state in one file, written whole or not at all.
 
 `step-000120.safetensors` holds the trainable tensors, the states of the optimizer and of the random
-generators, and in its header the number of updates and a fingerprint of all frozen tensors.  A file
-is written under another name, flushed to the disk and then renamed, and the last two are kept: a
-kill at any moment, or a damaged file, costs steps but never the run.
+generators.  Its header holds the number of updates, what the run is (minigpt/training/record.py)
+and a SHA-256 over all of it.  A file is written under another name, flushed to the disk and then
+renamed, and the last two are kept: a kill at any moment, or a damaged file, costs steps but never
+the run.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peft_lite import storage
+from peft_lite.json_files import parse_object, printable
 
 KEPT = 2  # how many snapshots stay on disk
+log = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """A snapshot is not as it was written."""
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all tensors that do not train."""
-    digest = hashlib.sha256()
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    for name, tensor in [*frozen, *model.named_buffers()]:
+    return _sha256([*frozen, *model.named_buffers()])
+
+
+def _sha256(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
@@ -36,9 +50,13 @@ def save(
     step: int,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    frozen: str,
+    run: Mapping[str, Any],
 ) -> None:
-    """Writes the state after `step` updates and drops all but the last `KEPT` files."""
+    """Writes the state after `step` updates and drops all but the last `KEPT` files.
+
+    Args:
+        run: what the run is, for JSON; `restore` returns it.
+    """
     tensors = {f"rng.{name}": state for name, state in _generators().items()}
     for name, p in parameters.items():
         tensors[f"parameter.{name}"] = p.detach()
@@ -47,32 +65,53 @@ def save(
             tensors[f"optimizer.{key}.{name}"] = value if value.dim() else value.clone()
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:06d}.safetensors"
-    state = json.dumps({"step": step, "frozen": frozen})
-    storage.write_tensors(final, tensors, {"state": state})
-    for old in _files(folder)[:-KEPT]:
+    state = json.dumps({"step": step, **run})
+    digest = _sha256(sorted(tensors.items()), state)
+    storage.write_tensors(final, tensors, {"state": state, "sha256": digest})
+    for old in files(folder)[:-KEPT]:
         old.unlink()
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state in the header of a snapshot, and its tensors.
+
+    Raises:
+        Damaged: a bit of it is not as it was written.
+    """
+    try:
+        with safe_open(file, framework="pt") as f:
+            header = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        digest = _sha256(sorted(tensors.items()), header.get("state", ""))
+    except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
+        raise Damaged(f"{file} is damaged: {printable(str(error))}") from None
+    if digest != header.get("sha256"):
+        raise Damaged(f"{file} is damaged: its SHA-256 is another")
+    return parse_object(header["state"], str(file)), tensors
 
 
 def restore(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    frozen: str,
-) -> int:
-    """Restores the newest whole snapshot; returns its number of updates, 0 when there is none.
+    run: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Restores the newest whole snapshot; returns the state in its header, None without one.
+
+    Args:
+        run: what this run is; the snapshot's has to agree, where both know it.
 
     Raises:
-        ValueError: the snapshot is of another model, or of another set of trainable tensors.
+        ValueError: the snapshot is of another run, or of another set of trainable tensors.
     """
-    for file in reversed(_files(folder)):
+    for file in reversed(files(folder)):
         try:
-            with safe_open(file, framework="pt") as f:
-                state = json.loads(f.metadata()["state"])
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except SafetensorError:  # cut short or damaged: the one before it is whole
+            state, tensors = read(file)
+        except Damaged as error:
+            log.warning("%s; going back to the one before it, or to the start", error)
             file.replace(file.with_suffix(".damaged"))
             continue
-        _check(file, state, tensors, parameters, frozen)
+        _check(file, state, tensors, parameters, run)
         for name, p in parameters.items():
             with torch.no_grad():
                 p.copy_(tensors[f"parameter.{name}"])
@@ -82,30 +121,42 @@ def restore(
                 if (entry := f"optimizer.{key}.{name}") in tensors
             }
         torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors:
+        if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-        return int(state["step"])
-    return 0
+        return state
+    return None
 
 
 def _check(
     file: Path,
-    state: Mapping[str, object],
+    state: Mapping[str, Any],
     saved: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
-    frozen: str,
+    run: Mapping[str, Any],
 ) -> None:
     shapes = {f"parameter.{name}": p.shape for name, p in parameters.items()}
     stored = {name: t.shape for name, t in saved.items() if name.startswith("parameter.")}
     if stored != shapes:
         different = sorted({name for name, _ in stored.items() ^ shapes.items()})
         raise ValueError(f"{file} trains other tensors than this run: {', '.join(different[:4])}")
-    if state["frozen"] != frozen:
+    if state["frozen"] != run["frozen"]:
         raise ValueError(f"{file} belongs to another base model: the frozen weights differ")
+    before, now = state["settings"], run["settings"]
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{file} was made with {name} {before.get(name)}, this run has {now.get(name)}"
+            )
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"))
+def files(folder: Path) -> list[Path]:
+    """The snapshots in a folder, the newest last."""
+    numbers = {
+        int(match[1]): file
+        for file in folder.glob("step-*")
+        if (match := re.fullmatch(r"step-([0-9]+)\.safetensors", file.name))
+    }
+    return [file for _, file in sorted(numbers.items())]
 
 
 def _generators() -> dict[str, Tensor]:

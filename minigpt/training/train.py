@@ -134,8 +134,8 @@ def train(
         gradient_norm before clipping, seconds.
 
     Raises:
-        ValueError: nothing is trainable, the loss or the gradient became NaN or infinite, or the
-            snapshot belongs to another run.
+        ValueError: nothing is trainable, the loss or the gradient became NaN or infinite, the
+            snapshot belongs to another run, or the metrics are damaged.
         Interrupted: SIGINT or SIGTERM came; with a directory, a snapshot was written first.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -144,7 +144,9 @@ def train(
     optimizer = ClippedAdamW(
         parameters.values(), config.lr, config.betas, config.eps, config.weight_decay
     )
-    record = None if directory is None else Record(Path(directory), model, parameters, optimizer)
+    record = None
+    if directory is not None:
+        record = Record(Path(directory), model, parameters, optimizer, config)
     rows = record.restore() if record and resume else []
     if record and not resume:
         record.start()
@@ -171,7 +173,7 @@ def train(
                 last, stopping = t + 1 == config.steps, stop.is_set()
                 if record and (_due(t + 1, config.snapshot_every) or stopping or last):
                     record.snapshot(t + 1)
-                if stopping and not last:
+                if stopping:
                     raise Interrupted(f"interrupted after step {t + 1} of {config.steps}")
     finally:
         optimizer.zero_grad()

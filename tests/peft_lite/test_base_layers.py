@@ -260,6 +260,10 @@ def test_the_fused_product_computes_plain_layers_and_no_others(
 def test_a_table_is_called_and_its_update_added(table: str, config: str) -> None:
     model = made(TABLES[table])
     before = model(IDS)
+    if (table, config) == ("max_norm", "dora"):  # its columns change as they are read
+        with pytest.raises(ValueError, match="rescales its rows to max_norm"):
+            peft_lite.attach(model, CONFIGS[config])
+        return
     peft_lite.attach(model, CONFIGS[config])
     torch.testing.assert_close(model(IDS), before, rtol=1e-12, atol=1e-12)
     layer: Any = model[0]

@@ -398,11 +398,11 @@ def test_a_model_that_is_itself_a_linear_layer_is_refused() -> None:
     assert Picture(model) == before
 
 
-def test_multihead_attention_is_refused_because_it_reads_weights_past_the_layer() -> None:
+def test_multihead_attention_reads_weights_past_the_layer_so_dropout_is_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     before = Picture(model)
     with pytest.raises(ValueError, match="MultiheadAttention"):
-        peft_lite.attach(model, LoraConfig(["out_proj"]))
+        peft_lite.attach(model, LoraConfig(["out_proj"], lora_dropout=0.1))
     assert Picture(model) == before
 
 

@@ -215,7 +215,7 @@ def test_a_warm_up_that_is_given_is_checked() -> None:
 def test_something_is_said_before_the_tokenizer_learns(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Learns(Exception):
+    class Learns(BaseException):
         pass
 
     def stop(*arguments: object) -> None:

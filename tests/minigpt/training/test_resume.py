@@ -4,12 +4,14 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from minigpt.commands.cli import main
 from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
+from minigpt.training import snapshot
+from minigpt.training.interrupt import stop_requested
 from minigpt.training.train import Interrupted, Row
 from peft_lite import storage
 from tests import tiny
@@ -120,6 +124,17 @@ def test_a_signal_stops_after_a_whole_step_with_a_snapshot(
     assert snapshots(tmp_path)[-1] == "step-000005"
     model, rows = started(tmp_path, resume=True)
     assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+def test_a_signal_in_the_last_step_is_not_lost(
+    tmp_path: Path, undisturbed: tuple[dict[str, Tensor], list[Row]]
+) -> None:
+    with pytest.raises(Interrupted, match="after step 8 of 8"):
+        started(tmp_path, observe=stop_at(8))
+    model, rows = started(tmp_path, resume=True)
+    assert_undisturbed(model, rows, tmp_path, undisturbed)
+    with pytest.raises(Interrupted), stop_requested():
+        os.kill(os.getpid(), signal.SIGTERM)  # nobody looks any more
 
 
 def test_stopping_again_and_again(
@@ -228,6 +243,50 @@ def test_snapshot_of_another_base_model_is_refused(tmp_path: Path) -> None:
         other.blocks[1].mlp.down.weight[3, 4] += 1e-6
     with pytest.raises(ValueError, match=r"step-000007.*frozen weights differ"):
         started(tmp_path, other, resume=True)
+
+
+def test_snapshot_of_other_settings_is_refused(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    model, config = new_model(), replace(CONFIG, betas=(0.9, 0.99))
+    with pytest.raises(ValueError, match=r"step-000007.*made with betas \[0.9, 0.999\], this run"):
+        train(model, language_model_loss, tiny.batch, config, tmp_path, HELDOUT, resume=True)
+
+
+def test_the_newest_snapshots_are_those_of_the_highest_steps(tmp_path: Path) -> None:
+    model = new_model()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values())
+    run = {"frozen": "", "settings": {}}
+    (tmp_path / "step-x.safetensors").write_text("somebody's")
+    for step in (999_998, 999_999, 1_000_000, 1_000_001, 10_000_000):
+        snapshot.save(tmp_path, step, parameters, optimizer, run)
+    names = ["step-1000001.safetensors", "step-10000000.safetensors"]
+    assert [file.name for file in snapshot.files(tmp_path)] == names
+    state = snapshot.restore(tmp_path, parameters, optimizer, run)
+    assert state is not None
+    assert state["step"] == 10_000_000
+
+
+def test_every_bit_of_a_snapshot_counts(tmp_path: Path) -> None:
+    file = stopped(tmp_path)[-1]
+    whole, draw = file.read_bytes(), random.Random(0)
+    state, tensors = snapshot.read(file)
+    said, same = [], 0
+    for _ in range(300):
+        data = bytearray(whole)
+        place = draw.randrange(len(data)) if draw.random() < 0.7 else draw.randrange(4000)
+        data[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        try:
+            again, others = snapshot.read(file)
+        except snapshot.Damaged as error:
+            said.append(str(error))
+            continue
+        same += 1  # a space of the header, perhaps
+        assert again == state
+        assert all(torch.equal(t, others[name]) for name, t in tensors.items())
+    assert same < 3
+    assert all(text.startswith(f"{file} is damaged: ") for text in said)
 
 
 @pytest.mark.parametrize("kind", ["rank", "more", "fewer"])
@@ -469,3 +528,57 @@ def test_killed_processes_resume_to_the_same_bytes(method: str, base: Path, tmp_
     assert (out / "snapshots").exists()
     finish(["finetune", "--out", str(out), "--resume"])
     assert_same_run(out, want, steps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize(("method", "limit"), [("lora", 2500), ("full", 50_000)])
+def test_a_full_disk_is_told_in_one_line_and_loses_nothing(
+    method: str, limit: int, base: Path, tmp_path: Path
+) -> None:
+    command = options(base, tmp_path / "out", method, 4, 2)
+    shell = ["bash", "-c", f'ulimit -f {limit // 1024} && exec "$@"', "bash"]
+    run = subprocess.run(
+        [*shell, sys.executable, "-m", "minigpt", *command], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    (error,) = (line for line in run.stderr.splitlines() if not line.startswith(method))
+    assert re.match(r"minigpt: error: .*File too large.*snapshots/step-", error)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert main([*command, "--resume"]) == 0
+    assert main(options(base, tmp_path / "want", method, 4, 2)) == 0
+    assert_same_run(tmp_path / "out", tmp_path / "want", 4)
+
+
+def test_of_two_commands_one_has_the_folder(base: Path, tmp_path: Path) -> None:
+    command = options(base, tmp_path / "out", "lora", 20, 10)
+    both = [process(command) for _ in range(2)]
+    said = [running.communicate(timeout=120)[1].decode() for running in both]
+    assert sorted(running.returncode for running in both) == [0, 2], said
+    (refusal,) = (text for running, text in zip(both, said, strict=True) if running.returncode)
+    assert re.fullmatch(r"minigpt: error: .*(in use by another|holds another run).*\n", refusal)
+    finish(options(base, tmp_path / "want", "lora", 20, 10))
+    assert_same_run(tmp_path / "out", tmp_path / "want", 20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills_lose_nothing(base: Path, tmp_path: Path) -> None:
+    steps, draw, kills, runs = 150, random.Random(0), 0, itertools.count()
+    want = {method: tmp_path / method for method in ("lora", "full")}
+    for method, folder in want.items():
+        finish(options(base, folder, method, steps, 10))
+    while kills < 100:
+        method, out = draw.choice(["lora", "full"]), tmp_path / f"run-{next(runs)}"
+        command = [*options(base, out, method, steps, 10), "--resume"]
+        for _ in range(8):
+            with process(command) as running:
+                goal = lines(out) + draw.randint(-2, 25)
+                while lines(out) < goal and running.poll() is None:
+                    time.sleep(0.001)
+                time.sleep(draw.uniform(0, 0.1))
+                running.kill()
+                running.communicate()
+            kills += running.returncode == -signal.SIGKILL
+            assert not (out / "run.json").exists() or main(["verify", str(out)]) == 0
+        finish(command)
+        assert_same_run(out, want[method], steps)
