@@ -660,7 +660,7 @@ def first_failure(
         return None
     if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise RuntimeError(f"{file}: no test ran\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    failure = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", run.stdout, re.MULTILINE)
+    failure = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - |$)", run.stdout, re.MULTILINE)
     return failure[1] if failure else "tests/conftest.py"  # which imports the packages
 
 

@@ -77,12 +77,17 @@ class Change:
     new: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.text}: {self.old} -> {self.new}"
+        return f"{self.file}:{self.line}: {self.what}"
 
     @property
     def row(self) -> str:
         """As it stands in `equivalent_mutants.txt`, before the reason."""
-        return f"{self.file}: {self.text}: {self.old} -> {self.new}"
+        return f"{self.file}: {self.what}"
+
+    @property
+    def what(self) -> str:
+        """The line, and what becomes of which part, on one line."""
+        return " ".join(f"{self.text}: {self.old} -> {self.new}".split())
 
     def applied(self) -> str:
         """The text of the file with the change."""

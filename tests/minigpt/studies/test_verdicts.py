@@ -29,26 +29,28 @@ UNDECIDED = {  # what the answer says when nothing is known about the direction
 JITTER = 1e-4
 
 
-def made_up(parts: dict[str, Any], n: int, random: Random) -> dict[str, Any]:
-    """Results of n seeds and n rounds: those of seed 0 with a factor for each arm, and so little
-    noise that every interval is narrow.
+def made_up(parts: dict[str, Any], n: int, random: Random | None) -> dict[str, Any]:
+    """Results of n seeds and n rounds: those of seed 0, where there is `random` with a factor for
+    each arm, and with so little noise that every interval is narrow.
     """
 
-    def scaled(value: Any, factor: float, key: str = "") -> Any:
+    def scaled(value: Any, factor: float) -> Any:
         if isinstance(value, dict):
-            return {k: scaled(v, factor, k) for k, v in value.items()}
+            return {k: scaled(v, factor) for k, v in value.items()}
         if isinstance(value, list):
-            return [scaled(v, factor, key) for v in value]
-        return value * factor * random.uniform(1 - JITTER, 1) if type(value) is float else value
+            return [scaled(v, factor) for v in value]
+        if random is None or type(value) is not float:
+            return value
+        return value * factor * random.uniform(1 - JITTER, 1)
 
     made = {}
     for name, result in parts.items():
         if not re.search(r"-\d$", name):
             made[name] = rounds(scaled(result, 1.0), n)
         if name.endswith("-0"):
-            factor = random.uniform(0.3, 1)
+            factor = random.uniform(0.3, 1) if random else 1.0
             for seed in range(n):
-                made[f"{name[:-1]}{seed}"] = scaled(copy.deepcopy(result), factor)
+                made[f"{name[:-1]}{seed}"] = scaled(result, factor)
     return made
 
 
@@ -72,8 +74,8 @@ def test_a_verdict_needs_five_seeds_or_rounds(path: Path, n: int) -> None:
     given = {**stored["settings"], "seeds": n}
     given |= {"rounds": n} if "rounds" in given else {}
     reached = set()
-    for case in range(2):
-        parts = made_up(stored["parts"], n, Random(case))
+    for random in (None, Random(0), Random(1)):
+        parts = made_up(copy.deepcopy(stored["parts"]), n, random)
         report = study.report(study.measure(study.Settings(**given), parts))
         for finding in report.findings:
             runs = re.search(r"(\d+) (?:seed|round)s?(, 5 needed)?$", finding.on)
