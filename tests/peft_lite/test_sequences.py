@@ -450,9 +450,7 @@ class Sequence:
     def check_plain(self) -> None:
         """Without methods the model has its own modules, weights and flags again."""
         kinds = [(n, type(m)) for n, m in self.model.named_modules(remove_duplicate=False)]
-        assert kinds == [
-            (n, type(m)) for n, m in self.base.named_modules(remove_duplicate=False)
-        ]
+        assert kinds == [(n, type(m)) for n, m in self.base.named_modules(remove_duplicate=False)]
         assert (self.model.head.weight is self.model.table.weight) == self.reference.tied
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, value in self.reference.weights.items():
