@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from peft_lite.method import Method
 from peft_lite.wrapper import Copied, WeightWrapper
 
@@ -24,6 +26,17 @@ def check_compatible(methods: Mapping[str, Method], name: str, new: Method) -> N
     for a_name, a in together.items():
         for b_name, b in together.items():
             _check_pair(a_name, a, b_name, b)
+
+
+def check_not_offloaded(model: nn.Module, new: Method) -> None:
+    """Refuses weights that accelerate holds elsewhere but for a forward pass."""
+    if any(p.is_meta for p in new.trained()) and any(
+        hasattr(m, "_hf_hook") for m in model.modules()
+    ):
+        raise ValueError(
+            "the model's weights are offloaded: what trains beside them would have no values; "
+            "load the model without offloading"
+        )
 
 
 def _check_pair(a_name: str, a: Method, b_name: str, b: Method) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lite import combine, files
-from peft_lite.compatible import check_compatible
+from peft_lite.compatible import check_compatible, check_not_offloaded
 from peft_lite.method import Method
 from peft_lite.report import Report, report
 from peft_lite.select import nearest
@@ -227,6 +227,7 @@ class Handle:
         """Puts a built method on the model and activates it (the last step of `attach`)."""
         self._check_unmerged("attach")
         self._check_alone()
+        check_not_offloaded(self.model, method)
         check_compatible(self.methods, name, method)
         with self._change("attach"):
             if not self.methods:
@@ -234,6 +235,7 @@ class Handle:
                 for _, p in named_weights(self.model):
                     p.requires_grad_(False)
                 setattr(self.model, HANDLE, self)
+                self._hook = self.model.register_state_dict_pre_hook(self._check_state_dict)
             for other in self.methods.values():
                 if other.kind == method.kind:
                     self._activate(other, False)
@@ -250,6 +252,7 @@ class Handle:
         if not self.methods:
             for n, p in self.model.named_parameters():
                 p.requires_grad_(self.flags.get(n, p.requires_grad))
+            self._hook.remove()
             delattr(self.model, HANDLE)
 
     @staticmethod
@@ -291,10 +294,9 @@ class Handle:
                 raise
 
     def _act(self, acting: Acting) -> None:
-        # those that rest first: others may change the same weights
-        for name in sorted(self.methods, key=acting.__contains__):
-            self.methods[name].activate(name in acting)
-            for wrapper in self.methods[name].wrappers.values():
+        for name, method in self.methods.items():
+            method.activate(name in acting)
+            for wrapper in method.wrappers.values():
                 wrapper.take_rows(*acting.get(name) or (None,))
 
     def _check_outside(self, what: str) -> None:
@@ -316,6 +318,14 @@ class Handle:
                 raise ValueError(
                     f"a method of another model stands in this {type(self.model).__name__}: "
                     "it is the copy of a part, copy a model whole"
+                )
+
+    def _check_state_dict(self, *_: object) -> None:
+        """The tuned weights of a method that rests are in no module."""
+        for name, method in self.methods.items():
+            if method.weights and not method.active and not self._contexts:
+                raise ValueError(
+                    f"the state_dict lacks what {name!r} tuned while it rests: save it, then detach it"
                 )
 
     def _check_unmerged(self, what: str) -> None:

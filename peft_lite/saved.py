@@ -29,6 +29,8 @@ def add(
         return dict(wrappers)
     modules = select_modules(model, modules_to_save, (nn.Module,))
     for name, module in modules.items():
+        if name in wrappers:
+            raise ValueError(f"modules_to_save: {name} is a target, too: it cannot be both")
         if not any(True for _ in module.parameters()):
             raise ValueError(f"modules_to_save: {name} has no parameter to train")
         for end, p in module.named_parameters():

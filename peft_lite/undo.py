@@ -15,7 +15,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft_lite.handle import Handle
 
-PARTS = ("_modules", "_parameters", "_buffers")  # dicts of a module that change in place
+PARTS = (
+    "_modules",
+    "_parameters",
+    "_buffers",
+    "_state_dict_pre_hooks",
+)  # dicts of a module that change in place
 
 
 @contextmanager

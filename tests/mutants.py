@@ -2,9 +2,12 @@
 
     python -m tests.mutants                    all of them, and the table in docs/mutants.md
     python -m tests.mutants "wrong scale"      one
+    python -m tests.mutants --random 60        as many, drawn by chance (tests/random_mutants.py)
+    python -m tests.mutants --random 60 peft_lite minigpt/data         the same in these folders
 
 The first part are faults that HF PEFT, loralib, adapters, litgpt and others had or have; the second
-are slips of the kind one makes.  A mutant that survives is a test that is missing.
+are slips of the kind one makes.  A mutant that survives is a test that is missing; of those drawn
+by chance some are no faults: `equivalent_mutants.txt` has them, with the reason.
 """
 
 import argparse
@@ -13,14 +16,23 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
+from tests.random_mutants import Change, draw, explained, related
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("kernels", "minigpt", "peft_lite", "tests")
+COPIED = ("kernels", "minigpt", "peft_lite", "tests", "tools")
 TABLE = ROOT / "docs" / "mutants.md"
+FATES = ("killed", "explained", "SURVIVES", "timed out", "unclear")
+LIMIT = 600.0  # seconds for the tests of one change
+ENOUGH = 0.97  # share of the drawn changes that die or are explained
 
 
 @dataclass(frozen=True)
@@ -247,16 +259,16 @@ MUTANTS = [
         "missing tensors are not noticed",
         "peft #1323, #2118",
         "peft_lite/files.py",
-        '("missing", places.keys() - tensors.keys())',
-        '("missing", set())',
+        '("missing", missing)',
+        '("missing", [])',
         "test_adapter_files",
     ),
     mutant(
         "unexpected tensors are not noticed",
         "peft #2118",
         "peft_lite/files.py",
-        '("unexpected", tensors.keys() - places.keys())',
-        '("unexpected", set())',
+        '("unexpected", unexpected)',
+        '("unexpected", [])',
         "test_adapter_files",
     ),
     mutant(
@@ -335,8 +347,8 @@ MUTANTS = [
         "the base trains along",
         HERE,
         "peft_lite/handle.py",
-        "                p.requires_grad_(False)\n            setattr",
-        "                p.requires_grad_(p.dim() == 1)\n            setattr",
+        "                    p.requires_grad_(False)\n                setattr",
+        "                    p.requires_grad_(p.dim() == 1)\n                setattr",
         "test_lora",
         "test_handle",
     ),
@@ -591,17 +603,6 @@ MUTANTS = [
 ]
 
 
-def apply(mutant: Mutant, folder: Path) -> None:
-    """Copies the packages to `folder`, with the fault."""
-    for package in PACKAGES:
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
-    (folder / "minigpt_kernels").symlink_to("kernels")
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    path = folder / mutant.file
-    path.write_text(path.read_text().replace(mutant.old, mutant.new))
-
-
 def file_of(test: str) -> Path:
     """The one file of tests of that name."""
     (file,) = (ROOT / "tests").rglob(f"{test}.py")
@@ -610,31 +611,99 @@ def file_of(test: str) -> Path:
 
 def killer(mutant: Mutant) -> str | None:
     """The first test that fails with the fault in the code; None: it survives."""
+    text = (ROOT / mutant.file).read_text().replace(mutant.old, mutant.new)
+    tests = [str(file_of(test).relative_to(ROOT)) for test in mutant.tests]
+    return first_failure(mutant.file, text, tests)
+
+
+def first_failure(
+    file: str, text: str, tests: Sequence[str], limit: float | None = None
+) -> str | None:
+    """The first test that fails with another text in a file of a copy of the code.
+
+    Raises:
+        subprocess.TimeoutExpired: none has failed within `limit` seconds.
+        RuntimeError: no test ran.
+    """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        apply(mutant, folder)
-        tests = [str(file_of(test).relative_to(ROOT)) for test in mutant.tests]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        for path in ROOT.glob("[!.]*"):
+            if path.name in COPIED:
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(path, folder / path.name, symlinks=True, ignore=ignored)
+            else:  # what is only read
+                (folder / path.name).symlink_to(path)
+        (folder / file).unlink()  # a link, or a copy
+        (folder / file).write_text(text)
         run = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, env=_environment(folder)
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-xq",
+                "-p",
+                "no:cacheprovider",
+                "--timeout=120",
+                *tests,
+            ],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{folder}:{folder}/tools/path",
+                "OMP_NUM_THREADS": "1",
+            },
+            timeout=limit,
         )
     if run.returncode == 0:
         return None
-    failure = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", run.stdout, re.MULTILINE)
-    if run.returncode != 1 or failure is None:
-        raise RuntimeError(f"{mutant.name}: no test ran\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    return failure[1]
+    if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise RuntimeError(f"{file}: no test ran\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    failure = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - |$)", run.stdout, re.MULTILINE)
+    return failure[1] if failure else "tests/conftest.py"  # which imports the packages
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+def fate(change: Change) -> str:
+    """What becomes of a change drawn by chance, in words that begin with one of FATES."""
+    if reason := explained().get(change.row):
+        return f"explained: {reason}"
+    try:
+        test = first_failure(change.file, change.applied(), related(change.file), LIMIT)
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    if test is None:
+        return "SURVIVES"
+    return f"unclear: {test} fails without it" if fails_unchanged(test) else f"killed by {test}"
+
+
+@cache
+def fails_unchanged(test: str) -> bool:
+    """Whether a test fails in the code as it is, so that it tells nothing about a change."""
+    unchanged = "pyproject.toml"
+    return first_failure(unchanged, (ROOT / unchanged).read_text(), [test]) is not None
+
+
+def by_chance(changes: Sequence[Change], jobs: int) -> int:
+    """Puts changes drawn by chance into the code.  Status 1: too many survive."""
+    counts = dict.fromkeys(FATES, 0)
+    with ThreadPoolExecutor(jobs) as pool:
+        for change, became in zip(changes, pool.map(fate, changes), strict=True):
+            print(f"{change}: {became}", flush=True)
+            counts[next(fate for fate in FATES if became.startswith(fate))] += 1
+    print(", ".join(f"{count} {fate}" for fate, count in counts.items()))
+    return int(counts["killed"] + counts["explained"] < ENOUGH * len(changes))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("name", nargs="*", help="mutants to try (default: all)")
+    parser.add_argument("name", nargs="*", help="mutants, or files, to try (default: all)")
+    parser.add_argument("--random", type=int, metavar="N", help="try N changes drawn by chance")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
+    if given.random is not None:
+        return by_chance(draw(given.random, given.seed, given.name or [""]), given.jobs)
     chosen = [m for m in MUTANTS if not given.name or m.name in given.name]
     if unknown := set(given.name) - {m.name for m in MUTANTS}:
         raise SystemExit(f"no mutant is called {sorted(unknown)}")

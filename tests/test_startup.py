@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch._dynamo", "triton", "matplotlib", "jinja2", "transformers")
+HEAVY = ("torch._dynamo", "triton", "matplotlib", "jinja2", "scipy", "transformers")
 STEPS = {
     "import torch": "import torch",
     "import minigpt": "import minigpt",

@@ -11,6 +11,10 @@
     mean of n runs with standard deviation s, t the quantile of n - 1 degrees of freedom (Student
     1908):      mean  +-  t s / sqrt(n)
 
+    mean of n variances, or of what else is positive: the same on the scale of logarithms, where
+    the standard error is s / (mean sqrt(n)) (delta method; Miller 1968 for variances):
+                mean exp(+-t s / (mean sqrt(n)))
+
 All intervals are two-sided 95 % confidence intervals.
 """
 
@@ -20,12 +24,6 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
 Z = NormalDist().inv_cdf(0.975)
-# Student's 0.975 quantiles of 1, 2, ... degrees of freedom
-T = (
-    *(12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216, 2.22814),
-    *(2.20099, 2.17881, 2.16037, 2.14479, 2.13145, 2.11991, 2.10982, 2.10092, 2.09302, 2.08596),
-    *(2.07961, 2.07387, 2.06866, 2.06390, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523, 2.04227),
-)
 
 
 @dataclass(frozen=True)
@@ -83,23 +81,30 @@ def mean(values: Sequence[float]) -> Estimate:
     Raises:
         ValueError: fewer than two values, from which no spread can be known.
     """
+    from scipy.stats import t
+
     n = len(values)
     if n < 2:
         raise ValueError(f"{n} values, at least 2 are needed for an interval")
     middle = fmean(values)
     # mean +- t s / sqrt(n)
-    half = student(n - 1) * stdev(values) / math.sqrt(n)
+    half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
     return Estimate(middle, middle - half, middle + half)
 
 
-def student(freedom: int) -> float:
-    """The 0.975 quantile of Student's t; beyond the table by its expansion about the normal one
-    (Abramowitz and Stegun 26.7.5), to four decimals.
+def positive_mean(values: Sequence[float]) -> Estimate:
+    """The mean of variances, with an interval on the scale of logarithms: it stays above 0.
+
+    Single values may be negative, as the jackknife's are.
+
+    Raises:
+        ValueError: fewer than two values, or a mean below 0.
     """
-    if freedom < 1:
-        raise ValueError(f"freedom is {freedom}, must be at least 1")
-    if freedom <= len(T):
-        return T[freedom - 1]
-    first = (Z**3 + Z) / 4
-    second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
-    return Z + first / freedom + second / freedom**2
+    plain = mean(values)
+    if plain.value < 0:
+        raise ValueError(f"the mean is {plain.value}, must not be below 0")
+    if plain.value == 0:
+        return plain
+    # mean exp(+-t s / (mean sqrt(n)))
+    factor = math.exp((plain.high - plain.value) / plain.value)
+    return Estimate(plain.value, plain.value / factor, plain.value * factor)

@@ -27,6 +27,7 @@ from minigpt.settings.manifest import model_files
 from minigpt.studies import report as reports
 from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
+from minigpt.studies.words import enough
 
 STUDIES: Mapping[str, str] = {
     "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
@@ -81,7 +82,7 @@ def command(name: str) -> tuple[type, Callable[[Any, Path, bool], dict[str, obje
 
 def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]:
     """Runs a study, or what is left of it.  Returns its summary."""
-    check_installed("matplotlib", "jinja2")
+    check_installed("matplotlib", "jinja2", "scipy")
     module = study(name)
     todo = module.parts(settings)
     runs.claim(out, f"study {name}", settings, _inputs(settings))
@@ -90,7 +91,8 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
     report, figures = module.report(measured), Figures(out / "figures")
     module.draw(measured, figures)
     reports.write(out, name, settings, report, figures.drawn, results)
-    summary: dict[str, object] = {"study": name, "parts": len(todo)}
+    seeds = enough(settings.seeds, "seed")
+    summary: dict[str, object] = {"study": name, "parts": len(todo), "seeds": seeds}
     summary |= {f"claim {finding.claim}": finding.verdict for finding in report.findings}
     runs.complete(out, summary)
     return summary

@@ -8,8 +8,9 @@ A claim says that a quantity lies on one side of an alternative (a saving is abo
     fails                it lies on the other side of the alternative
     undecided            anything else, too few seeds among them
 
-A count has no interval: it is equal to the quoted one, or not.  A claim that a quantity is about so
-much holds within a factor of two.
+What is the same in every run by a check of its own, not by an interval, needs as many seeds.  A
+count has no interval and no seeds: it is equal to the quoted one, or not.  A claim that a quantity
+is about so much holds within a factor of two.
 """
 
 from collections.abc import Mapping
@@ -78,12 +79,10 @@ def above(measured: Estimate, n: int, alternative: float = 0.0, quoted: float | 
     Args:
         n: seeds, or rounds, that the interval comes from.
     """
-    if n < SEEDS:
-        return "undecided"
     if measured.low > alternative:
         exact = quoted is None or measured.low <= quoted <= measured.high
-        return "holds" if exact else "holds in direction"
-    return "fails" if measured.high < alternative else "undecided"
+        return decided("holds" if exact else "holds in direction", n)
+    return decided("fails", n) if measured.high < alternative else "undecided"
 
 
 def below(measured: Estimate, n: int, alternative: float = 0.0, quoted: float | None = None) -> str:
@@ -94,11 +93,15 @@ def below(measured: Estimate, n: int, alternative: float = 0.0, quoted: float | 
 
 def about(measured: Estimate, n: int, quoted: float) -> str:
     """The verdict on a claim that a positive quantity is about `quoted`: half of it to twice."""
-    if n < SEEDS:
-        return "undecided"
     if quoted / 2 <= measured.low and measured.high <= 2 * quoted:
-        return "holds"
-    return "fails" if measured.low > 2 * quoted or measured.high < quoted / 2 else "undecided"
+        return decided("holds", n)
+    apart = measured.low > 2 * quoted or measured.high < quoted / 2
+    return decided("fails", n) if apart else "undecided"
+
+
+def decided(verdict: str, n: int) -> str:
+    """The verdict, if there are seeds enough for one."""
+    return verdict if n >= SEEDS else "undecided"
 
 
 def count(measured: T, quoted: T) -> str:

@@ -80,7 +80,7 @@ from minigpt.studies.lab import Part, Result
 from minigpt.studies.paired import differences, over_seeds, ratios, successive_variance
 from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import learn
-from minigpt.studies.words import percent, ran_on, shown, side
+from minigpt.studies.words import name, percent, ran_on, shown, side
 from minigpt.training import memory
 from minigpt.training.train import Row, TrainConfig
 
@@ -458,11 +458,11 @@ def answer(m: Measured) -> list[str]:
     gain, variance, bag = m.gain(), m.log_variance(tail_variance), m.bag_of_words()
     seeds = m.settings.seeds
     apart = "seeds do not tell them apart" if seeds > 1 else "one seed tells nothing apart"
-    better = side(gain, "more than", "fewer than", "beside")
-    doubt = side(gain, "", "", f" ({apart})")
-    lower = side(variance, ", higher", ", lower", f" ({apart})")
+    better = side(gain, seeds, "more than", "fewer than", "beside")
+    doubt = side(gain, seeds, "", "", f" ({apart})")
+    lower = side(variance, seeds, ", higher", ", lower", f" ({apart})")
     ranks = ("is above", "is below", "is not told apart from")
-    rank = side(m.accuracy(best), *ranks, alternative=bag.value)
+    rank = side(m.accuracy(best), m.rows, *ranks, alternative=bag.value)
     negative, positive = m.unread["first_negative"], m.unread["first_positive"]
     first = negative + positive
     kinds = "both classes" if min(negative, positive) else "one class only"
@@ -544,7 +544,7 @@ def findings(m: Measured) -> list[Finding]:
             f"{100 * m.first('schedule'):.1f} %, all held-out reviews "
             f"{100 * m.accuracy('schedule').value:.1f} %",
             count((negative > 0) + (positive > 0), 2),
-            on,
+            name(data_name(m.settings.data)),
             "classes in the first batch, negatives first as in IMDB, against the test set's two; "
             "the loader is not shuffled and starts again at each evaluation",
         ),

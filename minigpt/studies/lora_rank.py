@@ -43,7 +43,7 @@ from minigpt.settings.checks import check_heldout
 from minigpt.settings.methods import MethodOptions
 from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
-from minigpt.studies.claims import SEEDS, Finding, count
+from minigpt.studies.claims import Finding, count, decided
 from minigpt.studies.counts import lora_counts
 from minigpt.studies.decoders import load_decoder, split_ids
 from minigpt.studies.figures import OTHERS, Figures, line, points
@@ -230,13 +230,13 @@ class Size:
 
     def reaches_plateau(self) -> str:
         """The verdict on the claim that quality reaches a plateau below the largest rank."""
-        if len(self.full) < SEEDS or self.gain <= 0:
+        start, seeds = self.flat_from(), len(self.full)
+        if self.gain <= 0:
             return "undecided"
-        start = self.flat_from()
         if start is not None and start < RANKS[-1]:
-            return "holds"
-        last = (self.above_best(r) for r in RANKS[-2:])
-        return "fails" if any(gap.low > MARGIN * self.gain for gap in last) else "undecided"
+            return decided("holds", seeds)
+        rises = any(self.above_best(r).low > MARGIN * self.gain for r in RANKS[-2:])
+        return decided("fails", seeds) if rises else "undecided"
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,8 @@ def answer(m: Measured) -> list[str]:
         f"From rank {RANKS[0]} to {RANKS[-1]} the trained parameters grow from "
         f"{100 * size.trainable[RANKS[0]] / size.whole:.2g} to "
         f"{100 * size.trainable[RANKS[-1]] / size.whole:.2g} % of full tuning's, and the loss "
-        f"{moves(change, ' nats')}; fine-tuning at the best rank gains {size.gain:.4g}.",
+        f"{moves(change, len(size.full), ' nats')}; fine-tuning at the best rank gains "
+        f"{size.gain:.4g}.",
     ]
 
 

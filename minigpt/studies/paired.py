@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean, median, quantiles
 
-from minigpt.metrics.intervals import Estimate, mean
+from minigpt.metrics.intervals import Estimate, mean, positive_mean
 
 
 def differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
@@ -23,6 +23,13 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     if len(values) == 1:
         return Estimate(values[0], -math.inf, math.inf)
     return mean(values)
+
+
+def variance_over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of a variance over seeds, with an interval above 0."""
+    if len(values) == 1:
+        return Estimate(values[0], 0.0, math.inf)
+    return positive_mean(values)
 
 
 def last_tenth(losses: Sequence[float]) -> float:

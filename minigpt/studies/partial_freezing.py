@@ -47,7 +47,7 @@ from minigpt.metrics.popular_tokens import longer_than, popular_share, popular_t
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
-from minigpt.studies.claims import Finding, above, below, count
+from minigpt.studies.claims import Finding, above, below, count, decided
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
     Decoder,
@@ -64,7 +64,7 @@ from minigpt.studies.lab import Part, Result
 from minigpt.studies.paired import differences, last_tenth, over_seeds, ratios
 from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import Step, in_turn
-from minigpt.studies.words import name, percent, ran_on, shown, side
+from minigpt.studies.words import enough, name, percent, ran_on, shown, side
 from minigpt.training import memory
 from minigpt.training.snapshot import fingerprint
 from minigpt.training.train import evaluate
@@ -399,9 +399,10 @@ def answer(m: Measured) -> list[str]:
     memory = over_seeds([1 - ratio for ratio in m.relative_memory("intended")])
     time = over_seeds([1 - ratio for ratio in m.relative_time("intended")])
     less, own_set = over_seeds(m.less_forgotten()), over_seeds(m.own_set())
-    forgets = side(less, "less is", "more is", "it is not decided whether less is")
-    model = side(own_set, "A model", "A model", "It is not decided whether a model")
-    uses = side(own_set, "more", "less", "more")
+    seeds = m.settings.seeds
+    forgets = side(less, seeds, "less is", "more is", "it is not decided whether less is")
+    model = side(own_set, seeds, "A model", "A model", "It is not decided whether a model")
+    uses = side(own_set, seeds, "more", "less", "more")
     stayed = "no frozen tensor moved by a bit" if m.frozen_stayed() else "frozen tensors moved"
     return [
         f"With attention and embeddings frozen "
@@ -456,7 +457,7 @@ def findings(m: Measured) -> list[Finding]:
     """A verdict on each claim that is measured."""
     settings, seeds, rounds = m.settings, m.settings.seeds, m.settings.rounds
     on = ran_on(settings.model, [settings.text, settings.text2], seeds)
-    timed = f"{name(settings.model)}, {rounds} rounds in turn"
+    timed = f"{name(settings.model)}, in turn, {enough(rounds, 'round')}"
     memory = over_seeds([1 - ratio for ratio in m.relative_memory("intended")])
     time = over_seeds([1 - ratio for ratio in m.relative_time("intended")])
     less, own_set = over_seeds(m.less_forgotten()), over_seeds(m.own_set())
@@ -464,9 +465,9 @@ def findings(m: Measured) -> list[Finding]:
     quoted = min(max(memory.value, QUOTED_MEMORY[0]), QUOTED_MEMORY[1])  # the nearest of the range
     same = m.parts["inference"]["same_tensors"]
     if m.frozen_stayed():
-        stayed = "no frozen tensor moved by a bit, every trained one moved", "holds"
+        stayed, kept = "no frozen tensor moved by a bit, every trained one moved", "holds"
     else:
-        stayed = "a frozen tensor moved, or a trained one did not", "fails"
+        stayed, kept = "a frozen tensor moved, or a trained one did not", "fails"
     return [
         Finding(
             "partial.memory",
@@ -498,7 +499,7 @@ def findings(m: Measured) -> list[Finding]:
             f"not slower: below {SLOWER} times; "
             + ("no tensor was added" if same else "the tuned model has other tensors"),
         ),
-        Finding("partial.frozen", *stayed, on, "counted over all runs"),
+        Finding("partial.frozen", stayed, decided(kept, seeds), on, "looked at in all runs"),
         Finding(
             "partial.own-set",
             f"{percent(own_set)} of the tokens more",

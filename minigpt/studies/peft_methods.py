@@ -40,7 +40,7 @@ import torch
 
 import peft_lite
 from minigpt.checkpoints.directory import save
-from minigpt.metrics.intervals import Estimate, mean, share
+from minigpt.metrics.intervals import Estimate, mean, positive_mean, share
 from minigpt.models.architecture import Model
 from minigpt.models.config import nearest, positive
 from minigpt.objectives.classify import (
@@ -67,7 +67,7 @@ from minigpt.studies.lab import Part, Result
 from minigpt.studies.paired import differences, middle_half, ratios
 from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import Step, at_least, in_turn, learn
-from minigpt.studies.words import moves, percent, ran_on
+from minigpt.studies.words import enough, moves, name, percent, ran_on
 from minigpt.training import memory
 from minigpt.training.train import TrainConfig, evaluate
 
@@ -366,19 +366,20 @@ def answer(m: Measured) -> list[str]:
     best = max(peft, key=lambda method: fmean(peft[method].accuracy))
     times = [100 * outcome.time[0] for outcome in peft.values()]
     sizes = [100 * outcome.r for outcome in peft.values()]
-    slope, intercept = m.line()
+    seeds, (slope, intercept) = m.settings.seeds, m.line()
     return [
         f"Full tuning gets {percent(mean(full.accuracy))} of {full.rows} held-out reviews right, "
         f"the best of {len(PEFT)} methods, {best}, {percent(mean(peft[best].accuracy))} with "
         f"{100 * peft[best].r:.2g} % of the parameters, the classifier alone "
         f"{percent(mean(floor.accuracy))} (chance: {100 * full.chance:.1f} %, "
-        f"{m.settings.seeds} seeds).",
+        f"{seeds} seeds).",
         f"A step of these methods takes {min(times):.0f} to {max(times):.0f} % of full tuning's "
         f"time for {min(sizes):.2g} to {max(sizes):.2g} % of its parameters, {m.proportion()} "
         f"times what T = r T_full says: the measured line is T / T_full = {intercept:.2f} + "
         f"{slope:.2f} r.",
-        f"With ten times the parameters the loss on training reviews {moves(m.fit(), ' nats')}; "
-        f"the variance between seeds of the predicted probability {moves(m.spread())}.",
+        f"With ten times the parameters the loss on training reviews "
+        f"{moves(m.fit(), seeds, ' nats')}; the variance between seeds of the predicted "
+        f"probability {moves(m.spread(), seeds)}.",
     ]
 
 
@@ -403,7 +404,8 @@ def findings(m: Measured) -> list[Finding]:
             "methods.time",
             f"T / (r T_full) = {m.proportion()}, geometric mean of {len(PEFT)} methods",
             about(m.proportion(), rounds, 1.0),
-            f"{on.rsplit(',', 1)[0]}, {rounds} rounds",
+            f"{name(m.settings.model)}, {name(data_name(m.settings.data))}, "
+            + enough(rounds, "round"),
             f"A step is faster than full tuning's with {faster} of {len(PEFT)} methods: it saves "
             "gradients and updates of weights, not the forward pass and the way back through it.",
         ),
@@ -522,12 +524,12 @@ def draw(m: Measured, figures: Figures) -> None:
     with figures.add(
         "variance_and_fit.png",
         "Left: variance of the predicted probability between seeds. Right: loss on training "
-        "reviews. Bars are 95 % intervals over seeds.",
+        "reviews. Bars are 95 % intervals over seeds, those of the variance on a log scale.",
         width=9,
         ncols=2,
     ) as (left, right):
         for method, outcome in m.outcomes.items():
-            mark(left, method, outcome.trainable, mean(outcome.variance))
+            mark(left, method, outcome.trainable, positive_mean(outcome.variance))
             mark(right, method, outcome.trainable, mean(outcome.fit))
         left.set(ylabel="variance of the predicted probability")
         right.set(ylabel="loss on training reviews (nats)")

@@ -39,7 +39,7 @@ from minigpt.metrics.popular_tokens import popular_share, popular_tokens
 from minigpt.models.architecture import Model
 from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
-from minigpt.studies.claims import Finding, above, below, count
+from minigpt.studies.claims import Finding, above, below, count, decided
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
     Rule,
@@ -70,10 +70,11 @@ from minigpt.studies.paired import (
     over_seeds,
     ratios,
     successive_variance,
+    variance_over_seeds,
 )
 from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import Seconds, in_turn
-from minigpt.studies.words import name, percent, ran_on, shown, side
+from minigpt.studies.words import enough, name, percent, ran_on, shown, side
 from minigpt.training.snapshot import fingerprint
 from minigpt.training.train import Row
 
@@ -311,7 +312,8 @@ def answer(m: Measured) -> list[str]:
     run = m.runs["frozen"][0]
     gap = m.gap("frozen")
     undecided = "which fell further is not decided"
-    further = side(gap, "full training fell further", "full training fell less far", undecided)
+    ways = ("full training fell further", "full training fell less far", undecided)
+    further = side(gap, m.settings.seeds, *ways)
     same = "give the same samples" if m.same_before() else "give different samples"
     before, fresh = m.range("before"), m.range("fresh")
     return [
@@ -362,10 +364,11 @@ def findings(m: Measured) -> list[Finding]:
     saving, distance = over_seeds(m.savings), over_seeds(m.inverse_distance())
     before, fresh = m.range("before"), m.range("fresh")
     if not m.same_before():
-        popular = "equal weights sample different tokens", "holds"
+        popular = "equal weights sample different tokens", decided("holds", seeds)
     else:
         span = f"{before[0]:.1f} to {before[1]:.1f} % over seeds, the same for all models"
-        popular = span, "fails" if before[1] > 0 else "undecided"  # 0 % tells nothing
+        # 0 % tells nothing
+        popular = span, decided("fails", seeds) if before[1] > 0 else "undecided"
     return [
         Finding("freezing.loss", f"{shown(gap)} nats a token further", above(gap, seeds), on),
         Finding(
@@ -386,7 +389,7 @@ def findings(m: Measured) -> list[Finding]:
             "freezing.time",
             percent(saving),
             above(saving, rounds, quoted=0.25),
-            f"{name(m.settings.model)}, {rounds} rounds in turn",
+            f"{name(m.settings.model)}, in turn, {enough(rounds, 'round')}",
             "an interval over rounds, not seeds; sums over the runs: "
             + percent(over_seeds(m.run_savings)),
         ),
@@ -415,6 +418,9 @@ def tables(m: Measured) -> list[Table]:
     def mean(arm: str, figure: Callable[[Result], float]) -> Estimate:
         return over_seeds([figure(run) for run in m.runs[arm]])
 
+    def unsteadiness(arm: str, of: Callable[[Sequence[float]], float]) -> str:
+        return shown(variance_over_seeds([of(run["loss"][:early]) for run in m.runs[arm]]), ".4f")
+
     return [
         table(
             "Losses in nats a token, means over seeds",
@@ -423,12 +429,8 @@ def tables(m: Measured) -> list[Table]:
             {
                 "final loss": lambda arm: shown(over_seeds(m.final[arm])),
                 "fell by": lambda arm: shown(m.gain(arm)),
-                "early variance": lambda arm: shown(
-                    mean(arm, lambda run: variance(run["loss"][:early])), ".4f"
-                ),
-                "without trend": lambda arm: shown(
-                    mean(arm, lambda run: successive_variance(run["loss"][:early])), ".4f"
-                ),
+                "early variance": lambda arm: unsteadiness(arm, variance),
+                "without trend": lambda arm: unsteadiness(arm, successive_variance),
             },
             f"Final: mean of the last tenth of the batches. Early variance: of the losses of the "
             f"first {early} batches; without trend: half the mean square of the differences "

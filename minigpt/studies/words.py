@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt.metrics.intervals import Estimate
+from minigpt.studies.claims import SEEDS
 
 
 def shown(estimate: Estimate, form: str = ".3f", unit: str = "") -> str:
     """`2.650 [2.601, 2.699]`, or the value alone where there is no interval."""
     value = f"{estimate.value:{form}}{unit}"
-    if math.isinf(estimate.low):
+    if math.isinf(estimate.high):
         return value
     return f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
@@ -21,20 +22,22 @@ def percent(estimate: Estimate, unit: str = " %") -> str:
     return shown(scaled, ".1f", unit)
 
 
-def side(estimate: Estimate, above: str, below: str, neither: str, alternative: float = 0.0) -> str:
-    """One of three wordings: the interval lies above, below, or around the alternative."""
-    if estimate.low > alternative:
+def side(
+    estimate: Estimate, n: int, above: str, below: str, neither: str, alternative: float = 0.0
+) -> str:
+    """One of three wordings: the interval lies above or below the alternative; or around it, or
+    comes from too few seeds, n.
+    """
+    if n >= SEEDS and estimate.low > alternative:
         return above
-    return below if estimate.high < alternative else neither
+    return below if n >= SEEDS and estimate.high < alternative else neither
 
 
-def moves(change: Estimate, unit: str = "") -> str:
-    """A change in words: the figure rises, falls, or does neither clearly."""
-    if change.low > 0:
-        return f"rises by {change}{unit}"
-    if change.high < 0:
-        return f"falls by {Estimate(-change.value, -change.high, -change.low)}{unit}"
-    return f"changes by {change}{unit}, not clearly"
+def moves(change: Estimate, n: int, unit: str = "") -> str:
+    """A change in words, of n seeds: the figure rises, falls, or does neither clearly."""
+    fall = Estimate(-change.value, -change.high, -change.low)
+    rises, falls = f"rises by {change}{unit}", f"falls by {fall}{unit}"
+    return side(change, n, rises, falls, f"changes by {change}{unit}, not clearly")
 
 
 def name(source: str) -> str:
@@ -44,4 +47,9 @@ def name(source: str) -> str:
 
 def ran_on(model: str, texts: Sequence[str], seeds: int) -> str:
     """Model, data and number of seeds of a finding."""
-    return ", ".join([name(model), *map(name, texts), f"{seeds} seed{'s' if seeds > 1 else ''}"])
+    return ", ".join([name(model), *map(name, texts), enough(seeds, "seed")])
+
+
+def enough(n: int, what: str) -> str:
+    """`2 seeds, 5 needed`, or the number alone where it is enough for a verdict."""
+    return f"{n} {what}{'s' if n > 1 else ''}{'' if n >= SEEDS else f', {SEEDS} needed'}"

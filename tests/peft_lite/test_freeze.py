@@ -155,6 +155,12 @@ def test_flags_are_set_for_what_was_frozen_before() -> None:
         ({"freeze": "."}, "leaves nothing to train"),
         ({"train": []}, "nothing"),
         ({"train": ["inner"], "freeze": ["out"]}, "either"),
+        (
+            {"train": ["out"], "layers_to_transform": []},
+            r"layers_to_transform is \[\], must be one",
+        ),
+        ({"train": ["out"], "layers_to_transform": "0"}, "is '0', must be one or more whole"),
+        ({"freeze": ["out"], "layers_to_transform": [0, True]}, r"is \[0, True\], must be one"),
         ({}, "either"),
     ],
 )

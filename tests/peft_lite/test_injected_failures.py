@@ -155,7 +155,6 @@ CALLS: dict[str, tuple[tuple[str, ...], bool, Call]] = {
     "rows": (("lora", "dora", "lora of a tied head"), False, rows),
 }
 CASES = [(call, kind) for call, (kinds, *_) in CALLS.items() for kind in kinds]
-POINTS: list[int] = []
 
 
 def fails_without_a_trace(model: nn.Module, call: Call) -> None:
@@ -173,7 +172,6 @@ def fails_without_a_trace(model: nn.Module, call: Call) -> None:
         assert photo(model) == before, f"operation {k} of {counter.count}"
     assert bits(model(IDS)) == output
     call(model)
-    POINTS.append(counter.count)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=map(" - ".join, CASES))

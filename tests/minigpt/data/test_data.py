@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,22 @@ def test_split_text_prefers_a_line_to_a_space_and_a_space_to_nothing(near: str, 
     train, _ = split_text((near + "x" * 101).rjust(1000, "x"), 0.101)
     assert train.endswith(kept), train[-20:]
     assert (len(train) == 899) == (kept == "x")
+
+
+def test_split_text_beside_a_search_over_every_cut() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(
+            random.choice([*"ab \n"], random.integers(1, 90), p=[0.47, 0.47, 0.04, 0.02])
+        )
+        heldout = float(random.choice([0.05, 0.1, 0.3, 0.5, 0.8]))
+        limit = round(len(text) * (1 - heldout))
+        smaller = min(limit, len(text) - limit)
+        near = [cut for cut in range(limit, 0, -1) if 10 * (limit - cut) <= smaller]
+        lines = [cut for cut in near if text[cut - 1] == "\n"]
+        spaces = [cut for cut in near if text[cut - 1] == " "]
+        want = [*lines, *spaces, limit][0]
+        assert split_text(text, heldout) == (text[:want], text[want:])
 
 
 def test_random_windows_are_a_function_of_seed_and_number() -> None:

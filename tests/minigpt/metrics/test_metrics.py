@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from minigpt import Tokenizer
@@ -12,8 +13,8 @@ from minigpt.metrics.intervals import (
     difference,
     mean,
     perplexity,
+    positive_mean,
     share,
-    student,
 )
 from minigpt.metrics.popular_tokens import longer_than, popular_share, popular_tokens
 from tests.conftest import real_data
@@ -91,16 +92,47 @@ def student_mass(t: float, freedom: int) -> float:
     return 2 * scale * h / 3 * total
 
 
-@pytest.mark.parametrize("freedom", [*range(1, 41), 60, 100, 1000])
-def test_student_quantiles_hold_95_percent(freedom: int) -> None:
-    assert student_mass(student(freedom), freedom) == pytest.approx(0.95, abs=1e-5)
+@pytest.mark.parametrize("n", [2, 3, 5, 31, 32, 60, 1000])
+def test_the_interval_of_a_mean_is_students(n: int) -> None:
+    values = [math.sin(3 * i) for i in range(n)]
+    estimate = mean(values)
+    middle = sum(values) / n
+    error = math.sqrt(sum((x - middle) ** 2 for x in values) / (n - 1) / n)
+    assert estimate.value == pytest.approx(middle)
+    assert estimate.high - middle == pytest.approx(middle - estimate.low)
+    t = (estimate.high - middle) / error
+    assert student_mass(t, n - 1) == pytest.approx(0.95, abs=1e-7)
 
 
-def test_student_quantiles_of_closed_form() -> None:
-    assert student(1) == pytest.approx(math.tan(0.475 * math.pi), abs=5e-6)
-    assert student(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), abs=5e-6)
-    with pytest.raises(ValueError, match="freedom is 0"):
-        student(0)
+def test_the_interval_of_a_variance_is_above_zero() -> None:
+    values = [0.1, 0.2, 2.4]
+    estimate, plain = positive_mean(values), mean(values)
+    assert plain.low < 0 < estimate.low < estimate.value == plain.value < estimate.high
+    # log of the mean +- t times the standard error of that log, by the derivative
+    t = 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    error = math.sqrt((0.8**2 + 0.7**2 + 1.5**2) / 2) / math.sqrt(3) / 0.9
+    ends = [math.log(estimate.low), math.log(estimate.high)]
+    assert ends == pytest.approx([math.log(0.9) - t * error, math.log(0.9) + t * error])
+    # an interval that is narrow is the plain one
+    narrow, usual = positive_mean([1.0, 1.0001]), mean([1.0, 1.0001])
+    assert (narrow.low, narrow.high) == pytest.approx((usual.low, usual.high), abs=1e-6)
+
+
+def test_the_interval_of_a_variance_holds_the_truth_nearly_as_often_as_it_says() -> None:
+    """Variances of normal samples of 20, five of them, 4000 times."""
+    random = np.random.default_rng(0)
+    samples = random.normal(size=(4000, 5, 20)).var(axis=2, ddof=1)
+    held = [e.low <= 1 <= e.high for e in map(positive_mean, samples.tolist())]
+    assert sum(held) / len(held) == pytest.approx(0.95, abs=0.02)
+
+
+def test_variances_that_are_zero_or_have_a_negative_mean() -> None:
+    assert positive_mean([0.0, 0.0]) == Estimate(0.0, 0.0, 0.0)
+    assert positive_mean([-1.0, 4.0]).low > 0
+    with pytest.raises(ValueError, match=r"the mean is -0\.5, must not be below 0"):
+        positive_mean([-2.0, 1.0])
+    with pytest.raises(ValueError, match="1 values, at least 2"):
+        positive_mean([1.0])
 
 
 def test_mean_over_seeds() -> None:

@@ -46,6 +46,14 @@ def test_output_and_gradients_are_those_of_a_plain_layer(
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 5, 6])
+def test_few_rows_are_one_to_five(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(linear, "few_rows", lambda *inputs: calls.append(inputs) or inputs[0])
+    layer(7, 7, True, torch.float32)(torch.randn(rows, 7))
+    assert len(calls) == (1 <= rows <= 5)
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "x", "all"])
 def test_gradients_of_a_wide_layer_come_for_what_trains(frozen: str) -> None:
     ours = layer(13, 37, True, torch.float64)

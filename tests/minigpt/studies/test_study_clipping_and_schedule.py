@@ -448,7 +448,7 @@ def test_bad_data_is_one_line_and_nothing_written(
     ("more", "message"),
     [
         (["--model", "bundled"], "head 'classification': GPTNeo has causal-lm, none"),
-        (["--model", "nowhere/at/all"], "no such model directory: nowhere/at/all"),
+        (["--model", "nowhere/at/all"], "no such model directory or .gguf file: nowhere/at/all"),
         (["--data", "nowhere"], "no such folder of labelled texts: nowhere"),
         (["--sequence-length", "33"], "--sequence-length is 33, there are 32 positions"),
         (["--sequence-length", "2"], "max_length is 2, must be at least 3"),

@@ -87,8 +87,9 @@ def test_what_trains_what_stays_and_what_is_left_behind(finished: Path) -> None:
         assert run["after"]["loss"]["text"] < run["before"]["loss"]["text"]
     assert results["inference"]["same_tensors"]
     verdicts = json.loads((finished / "summary.json").read_text())
-    expected = {"count": "fails", "literal": "fails", "optimizer": "holds", "frozen": "holds",
+    expected = {"count": "fails", "literal": "fails", "optimizer": "holds", "frozen": "undecided",
                 "forgetting": "undecided"}  # fmt: skip
+    assert verdicts["seeds"] == "1 seed, 5 needed"
     for claim, verdict in expected.items():
         assert verdicts[f"claim partial.{claim}"] == verdict
     assert not list(finished.rglob("snapshots"))
@@ -267,6 +268,7 @@ def test_verdicts_follow_the_numbers(
     chosen = settings(folder, seeds=5, rounds=6)
     report = study.report(study.measure(chosen, invented(**change)))
     verdicts = {finding.claim: finding.verdict for finding in report.findings}
+    assert verdicts["seeds"] == "1 seed, 5 needed"
     for claim, verdict in expected.items():
         assert verdicts[f"partial.{claim}"] == verdict, claim
     assert len(verdicts) == 9
