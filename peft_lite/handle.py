@@ -325,7 +325,8 @@ class Handle:
         for name, method in self.methods.items():
             if method.weights and not method.active and not self._contexts:
                 raise ValueError(
-                    f"the state_dict lacks what {name!r} tuned while it rests: save it, then detach it"
+                    f"the state_dict lacks what {name!r} tuned while it rests: "
+                    "save it, then detach it"
                 )
 
     def _check_unmerged(self, what: str) -> None:

@@ -40,7 +40,7 @@ from peft_lite.select import (
     resolve_pattern,
     select_modules,
 )
-from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight, is_dense, wide
+from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight, is_dense, wide, without_autocast
 
 MAX = torch.finfo(torch.float32).max
 
@@ -234,7 +234,7 @@ class LoraEmbedding(LoraLayer):
 
 def product(b: Tensor, a: Tensor) -> Tensor:
     """B A in their own dtype, inside autocast, too: a merged weight keeps its digits."""
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         return b @ a
 
 

@@ -28,7 +28,7 @@ from peft_lite import fields, saved
 from peft_lite.method import Method, MethodSpec
 from peft_lite.options import option
 from peft_lite.select import nearest
-from peft_lite.wrapper import Wrapper, dense_weight, innermost, named_layers
+from peft_lite.wrapper import Wrapper, dense_weight, innermost, named_layers, without_autocast
 
 FORMS = ("fixed", "peft")
 
@@ -160,7 +160,7 @@ class Prefix(Wrapper):
         return torch.cat([columns.expand(len(mask), 1, T, K), mask], -1)
 
     def tensors(self) -> dict[str, Tensor]:
-        with torch.autocast(next(self.source.parameters()).device.type, enabled=False):
+        with without_autocast(next(self.source.parameters())):
             return {"prompt_embeddings": self.source().detach()}
 
 

@@ -12,6 +12,7 @@ A `weight` that is read is the merged one, so that a product with it is right, t
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -248,6 +249,14 @@ def within(wrapper: WeightWrapper) -> Iterator[WeightWrapper]:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Of what a method computes and trains beside a weight: float64 beside that, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[object]:
+    """Inside it products have the dtype of their factors, such as t; the meta device has none."""
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def check_weight(module: nn.Module, weight: Tensor) -> None:

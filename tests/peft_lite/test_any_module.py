@@ -4,6 +4,7 @@ it computed before, a detached one leaves every bit as it was; or a ValueError s
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -46,6 +47,21 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.after(self.part(x).to(self.after.weight.dtype))
+        return y
+
+
+class Twice(nn.Module):
+    """One module under two names, and its weight in a second module: three uses of one weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.part = self.again = module
+        self.tied = deepcopy(module)
+        self.tied.weight = module.weight
+        self.after = nn.Linear(N, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.after(self.part(x) * 2 + self.again(x) + self.tied(x))
         return y
 
 
@@ -423,3 +439,28 @@ def test_float64_stays_float64_inside_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(x), y, **tolerance("float64"))
     assert handle.active == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("module", "method"), [case for case in ACCEPTED if case[0] in ("square", "table")]
+)
+def test_a_module_under_two_names_that_shares_its_weight(module: str, method: str) -> None:
+    torch.manual_seed(0)
+    model = Twice(MODULES[module]()).eval()
+    x = torch.randint(V, (3, 4)) if module == "table" else torch.randn(2, N)
+    y, before = model(x), bits(model)
+    handle = peft_lite.attach(model, METHODS[method])
+    torch.testing.assert_close(model(x), y)
+    if method != "freeze":
+        shake(model)
+        moved = model(x)
+        assert (moved - y).abs().max() > 0.05
+        assert model.part is model.again
+    if method in MERGED - {"whole"}:
+        with pytest.raises(ValueError, match=r"part.weight: it is tied to tied.weight"):
+            handle.merge()
+        handle.merge(untie=True)
+        torch.testing.assert_close(model(x), moved, **tolerance(module, 16))
+    handle.detach()
+    assert bits(model) == before
+    assert torch.equal(model(x), y)

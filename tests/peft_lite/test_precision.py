@@ -108,3 +108,12 @@ def test_a_prefix_that_an_mlp_computes_is_saved_as_outside_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = handle.state()
     assert torch.equal(inside["prompt_embeddings"], outside["prompt_embeddings"])
+
+
+@pytest.mark.parametrize("config", [LoraConfig(["l"], r=2), DoraConfig(["l"], r=2)])
+def test_a_change_without_values_has_a_shape(config: Any) -> None:
+    """The meta device has no autocast."""
+    model = One(nn.Linear(24, 18, device="meta"))
+    peft_lite.attach(model, config)
+    assert model(torch.empty(3, 24, device="meta")).shape == (3, 18)
+    assert model.l.weight.shape == (18, 24)
