@@ -108,6 +108,7 @@ def test_commands_are_understood(command: str) -> None:
     given = vars(cli.parser().parse_args(arguments))
     assert given.pop("command") == "finetune"
     assert not given.pop("resume")
+    assert not given.pop("accept")
     assert given.pop("out").parts[0] == "runs"
     assert methods.attach(gpt_neo(num_layers=4), runs.fill(Finetune, given)) is not None
 
