@@ -18,12 +18,16 @@ FOLDERS = {
 
 
 def run_modules() -> list[str]:
-    """The modules that are programs: `__main__.py`, or a file that looks at its own name."""
+    """The modules that are programs: `__main__.py`, or a file that looks at its own name.  Of the
+    tests those that are no tests, at the top.
+    """
     names = []
     for package, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             if path.name == "__main__.py" or re.search(MAIN, path.read_text(), re.M):
                 parts = path.relative_to(ROOT / folder).with_suffix("").parts
+                if package == "tests" and (len(parts) > 1 or parts[0].startswith("test_")):
+                    continue
                 names.append(".".join((package, *parts)).removesuffix(".__main__"))
     return names
 

@@ -241,6 +241,7 @@ def test_damaged_adapters_load_or_are_refused(name: str, tmp_path: Path) -> None
     assert min(outcomes.values()) > 2
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # TRIES SEED
     logging.disable()
-    print(run(Path(tempfile.mkdtemp()), tuple(SEEDS), int(sys.argv[1]), int(sys.argv[2])))
+    with tempfile.TemporaryDirectory() as folder:
+        print(run(Path(folder), tuple(SEEDS), int(sys.argv[1]), int(sys.argv[2])))
