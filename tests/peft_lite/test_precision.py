@@ -115,5 +115,4 @@ def test_a_change_without_values_has_a_shape(config: Any) -> None:
     """The meta device has no autocast."""
     model = One(nn.Linear(24, 18, device="meta"))
     peft_lite.attach(model, config)
-    assert model(torch.empty(3, 24, device="meta")).shape == (3, 18)
     assert model.l.weight.shape == (18, 24)
