@@ -529,7 +529,7 @@ def test_equal_copies_of_tied_tensors_are_accepted(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("BertModel", {"model_type": "gpt2"}, "'gpt2' is unknown.*gpt_neo, bert"),
+        ("BertModel", {"model_type": "t5"}, "'t5' is unknown.*gpt_neo, gpt2, bert"),
         ("BertModel", {"model_type": "brt"}, "did you mean 'bert'"),
         ("BertModel", {"model_type": None}, "model_type None"),
         ("BertModel", {"position_embedding_type": "relative_key"}, "'relative_key' is not supp"),
