@@ -268,7 +268,6 @@ def test_verdicts_follow_the_numbers(
     chosen = settings(folder, seeds=5, rounds=6)
     report = study.report(study.measure(chosen, invented(**change)))
     verdicts = {finding.claim: finding.verdict for finding in report.findings}
-    assert verdicts["seeds"] == "1 seed, 5 needed"
     for claim, verdict in expected.items():
         assert verdicts[f"partial.{claim}"] == verdict, claim
     assert len(verdicts) == 9

@@ -33,6 +33,7 @@ class Settings:
 
     model: str = option("a model", "bundled")
     steps: int = option("steps of a part", 100)
+    seeds: int = option("runs", 1)
 
 
 def part(folder: Path, steps: int, seed: int) -> Result:
