@@ -19,6 +19,7 @@ DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 TOLERANCE = 2e-5  # of the largest magnitude, fp32 through some tens of layers
 
 torch.set_num_threads(1)  # small models: more threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 transformers.utils.logging.disable_progress_bar()
 
 
