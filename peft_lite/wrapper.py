@@ -172,10 +172,9 @@ class WeightWrapper(Wrapper):
                 setattr(self, f"original_{name}", None)
         if self.tied:
             (shared,) = self.tied
-            if (shared.dtype, shared.device) != (self.layer.weight.dtype, self.layer.weight.device):
-                shared.data = (
-                    self.layer.weight.data
-                )  # the model moved, the shared one was not in it
+            weight = self.layer.weight
+            if (shared.dtype, shared.device) != (weight.dtype, weight.device):
+                shared.data = weight.data  # the model moved, and the shared one was not in it
             self.layer.weight = shared
             self.tied = ()
         self.merged = False

@@ -449,7 +449,7 @@ MUTANTS = [
     mutant(
         "padding hides the prompt",
         HERE,
-        "minigpt/models/gpt_neo.py",
+        "minigpt/models/architecture.py",
         "F.pad(attention_mask, (prompt.length, 0), value=1)",
         "F.pad(attention_mask, (prompt.length, 0), value=0)",
         "test_prompt",

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minigpt.models.attention import Cache
+from minigpt.models.attention import Cache, positions
 from minigpt.models.config import nearest, short
 from minigpt.models.names import Names
 
@@ -27,6 +28,8 @@ class Config(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
 
 
 class Model(nn.Module):
@@ -64,7 +67,7 @@ class Model(nn.Module):
     @property
     def max_tokens(self) -> int:
         """Number of positions for tokens."""
-        raise NotImplementedError
+        return self.config.max_position_embeddings - int(self.embeddings.prompt.shift)
 
     @property
     def unembedding(self) -> nn.Linear | None:
@@ -76,8 +79,11 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def tie(self) -> None:
-        """Makes the head's weight the token embedding's, where the config ties them."""
-        raise NotImplementedError
+        """Makes the head's weight the token embedding's, one parameter under two names, where the
+        config ties them.
+        """
+        if self.config.tie_word_embeddings and self.unembedding is not None:
+            self.unembedding.weight = self.embeddings.token.weight
 
     def initialize(self, module: nn.Module) -> None:
         """Gives the parameters of one module their first values."""
@@ -87,6 +93,23 @@ class Model(nn.Module):
 class Decoder(Model):
     """A model that generates: each state depends on the tokens before it, and caches hold them."""
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """`attention_mask` (B, T): 0 for padding.  `position_ids` (B or 1, T): 0, 1, 2, ... unless
+        given.  -> logits (B, T, V), or states (B, T, D) without a head
+        """
+        logits: Tensor = self.head(self.hidden(input_ids, attention_mask, position_ids))
+        return logits
+
+    @property
+    def unembedding(self) -> nn.Linear | None:
+        """The head, for "causal-lm"."""
+        return self.head if isinstance(self.head, nn.Linear) else None
+
     def hidden(
         self,
         input_ids: Tensor,
@@ -94,8 +117,32 @@ class Decoder(Model):
         position_ids: Tensor | None = None,
         caches: list[Cache] | None = None,
     ) -> Tensor:
-        """Token ids (B, T) -> states (B, T, D).  With `caches` they follow the tokens cached."""
+        """Token ids (B, T) -> the states (B, T, D) that the head reads.
+
+        With `caches` the T tokens follow those cached: S = cached + T, and `attention_mask` is
+        (B, S).
+        """
         raise NotImplementedError
+
+    def start(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        caches: list[Cache] | None,
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """What a forward pass begins with: the positions of the tokens, (B or 1, T), the mask with
+        the columns of a prompt, and the number of slots cached.
+        """
+        prompt = self.embeddings.prompt
+        cached = caches[0].length if caches else 0
+        T = input_ids.size(1)
+        S = T + (cached - prompt.length if cached else 0)
+        if position_ids is None:
+            position_ids = positions(T, S, self.max_tokens, input_ids.device)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (prompt.length, 0), value=1)
+        return position_ids, attention_mask, cached
 
     def new_caches(self, batch: int, slots: int) -> list[Cache]:
         """Empty caches, one a block, for `slots` tokens of each of `batch` rows."""

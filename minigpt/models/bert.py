@@ -221,11 +221,6 @@ class Bert(Model):
     def architecture(self) -> Architecture:
         return ARCHITECTURE
 
-    @property
-    def max_tokens(self) -> int:
-        """Number of positions for tokens."""
-        return self.config.max_position_embeddings - self.embeddings.prompt.shift
-
     def pooled(self, x: Tensor) -> Tensor:
         """States (B, T, D) -> tanh(x[first] W_p + b_p), (B, D)."""
         return self.pooler(x[:, 0]).tanh()
@@ -239,11 +234,6 @@ class Bert(Model):
     def unembedding(self) -> nn.Linear | None:
         """The masked-language head's last layer."""
         return self.head.decoder if isinstance(self.head, MaskedLMHead) else None
-
-    def tie(self) -> None:
-        """Makes the masked-language head's weight the token embedding's."""
-        if self.config.tie_word_embeddings and self.unembedding is not None:
-            self.unembedding.weight = self.embeddings.token.weight
 
     def initialize(self, module: nn.Module) -> None:
         """Weights from N(0, initializer_range^2), the classifier's Xavier's; biases 0, norms 1."""

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.models.architecture import Architecture, Decoder
-from minigpt.models.attention import Attention, Cache, block_mask, positions
+from minigpt.models.attention import Attention, Cache, block_mask
 from minigpt.models.config import MAX_LAYERS, between, one_of, probability, short, size
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, MLP
@@ -148,17 +147,6 @@ class GPTNeo(Decoder):
         self.apply(self.initialize)
         self.tie()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """`attention_mask` (B, T): 0 for padding.  `position_ids` (B or 1, T): 0, 1, 2, ... unless
-        given.  -> logits (B, T, V)
-        """
-        return self.head(self.hidden(input_ids, attention_mask, position_ids))
-
     def hidden(
         self,
         input_ids: Tensor,
@@ -166,25 +154,12 @@ class GPTNeo(Decoder):
         position_ids: Tensor | None = None,
         caches: list[Cache] | None = None,
     ) -> Tensor:
-        """The states (B, T, D) that the head reads.
-
-        With `caches` the T tokens follow those cached: S = cached + T, and `attention_mask` is
-        (B, S).
-        """
-        prompt = self.embeddings.prompt
-        cached = caches[0].length if caches else 0
-        start = cached == 0
-        T = input_ids.size(1)
-        S = T + (0 if start else cached - prompt.length)
-        if position_ids is None:
-            position_ids = positions(T, S, self.max_tokens, input_ids.device)
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (prompt.length, 0), value=1)
-        x = self.embeddings(input_ids, position_ids, start)
+        position_ids, padding, cached = self.start(input_ids, attention_mask, position_ids, caches)
+        x = self.embeddings(input_ids, position_ids, start=cached == 0)
         T, S = x.size(1), cached + x.size(1)  # with the prompt
         windows = {"global": None, "local": self.config.window_size}
         masks = {
-            kind: block_mask(T, S, windows[kind], attention_mask, input_ids.device)
+            kind: block_mask(T, S, windows[kind], padding, input_ids.device)
             for kind in {*self.config.layers}
         }
         for i, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
@@ -195,11 +170,6 @@ class GPTNeo(Decoder):
     def architecture(self) -> Architecture:
         return ARCHITECTURE
 
-    @property
-    def max_tokens(self) -> int:
-        """Number of positions for tokens."""
-        return self.config.max_position_embeddings - self.embeddings.prompt.shift
-
     def new_caches(self, batch: int, slots: int) -> list[Cache]:
         """Empty caches for `slots` tokens of each of `batch` rows."""
         c, like = self.config, self.final_norm.weight
@@ -208,16 +178,6 @@ class GPTNeo(Decoder):
             Cache(batch, c.num_heads, slots, c.hidden_size // c.num_heads, like)
             for _ in self.blocks
         ]
-
-    @property
-    def unembedding(self) -> nn.Linear | None:
-        """The head, for "causal-lm"."""
-        return self.head if isinstance(self.head, nn.Linear) else None
-
-    def tie(self) -> None:
-        """Makes the head's weight the token embedding's, one parameter under two names."""
-        if self.config.tie_word_embeddings and self.unembedding is not None:
-            self.unembedding.weight = self.embeddings.token.weight
 
     def initialize(self, module: nn.Module) -> None:
         """Weights from N(0, initializer_range^2), biases 0, norms 1."""

@@ -21,11 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.models.architecture import Architecture, Decoder
-from minigpt.models.attention import Cache, block_mask, fast_attention, positions
+from minigpt.models.attention import Cache, block_mask, fast_attention
 from minigpt.models.config import MAX_LAYERS, between, one_of, probability, short, size
 from minigpt.models.linear import Linear
 from minigpt.models.mlp import ACTIVATIONS, GatedMLP
@@ -228,17 +227,6 @@ class Llama(Decoder):
         self.apply(self.initialize)
         self.tie()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """`attention_mask` (B, T): 0 for padding.  `position_ids` (B or 1, T): 0, 1, 2, ... unless
-        given.  -> logits (B, T, V)
-        """
-        return self.head(self.hidden(input_ids, attention_mask, position_ids))
-
     def hidden(
         self,
         input_ids: Tensor,
@@ -246,28 +234,14 @@ class Llama(Decoder):
         position_ids: Tensor | None = None,
         caches: list[Cache] | None = None,
     ) -> Tensor:
-        """The states (B, T, D) that the head reads.
-
-        With `caches` the T tokens follow those cached: S = cached + T, and `attention_mask` is
-        (B, S).
-        """
-        c, prompt, device = self.config, self.embeddings.prompt, input_ids.device
-        cached = caches[0].length if caches else 0
-        start = cached == 0
-        T = input_ids.size(1)
-        S = T + (0 if start else cached - prompt.length)
-        if position_ids is None:
-            position_ids = positions(T, S, self.max_tokens, device)
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (prompt.length, 0), value=1)
-        x, position_ids = self.embeddings(input_ids, position_ids, start)
+        c, device = self.config, input_ids.device
+        position_ids, padding, cached = self.start(input_ids, attention_mask, position_ids, caches)
+        x, position_ids = self.embeddings(input_ids, position_ids, start=cached == 0)
         T, S = x.size(1), cached + x.size(1)  # with the prompt
         f = frequencies(c.head_width, c.rope_theta, c.rope_scaling or {}, device)
         turn = rotation(position_ids, f, x.dtype)
         windows = {FULL: None, SLIDING: c.sliding_window}
-        masks = {
-            kind: block_mask(T, S, windows[kind], attention_mask, device) for kind in {*c.layers}
-        }
+        masks = {kind: block_mask(T, S, windows[kind], padding, device) for kind in {*c.layers}}
         for i, (block, kind) in enumerate(zip(self.blocks, c.layers, strict=True)):
             x = block(x, turn, *masks[kind], caches[i] if caches else None)
         return self.final_norm(x[:, T - input_ids.size(1) :])
@@ -276,26 +250,11 @@ class Llama(Decoder):
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.config.model_type]
 
-    @property
-    def max_tokens(self) -> int:
-        """Number of positions for tokens."""
-        return self.config.max_position_embeddings - self.embeddings.prompt.shift
-
     def new_caches(self, batch: int, slots: int) -> list[Cache]:
         """Empty caches for `slots` tokens of each of `batch` rows."""
         c, like = self.config, self.final_norm.weight
         slots += self.embeddings.prompt.length
         return [Cache(batch, c.kv_heads, slots, c.head_width, like) for _ in self.blocks]
-
-    @property
-    def unembedding(self) -> nn.Linear | None:
-        """The head, for "causal-lm"."""
-        return self.head if isinstance(self.head, nn.Linear) else None
-
-    def tie(self) -> None:
-        """Makes the head's weight the token embedding's, one parameter under two names."""
-        if self.config.tie_word_embeddings and self.unembedding is not None:
-            self.unembedding.weight = self.embeddings.token.weight
 
     def initialize(self, module: nn.Module) -> None:
         """Weights from N(0, initializer_range^2), biases 0, norms 1."""
