@@ -64,7 +64,7 @@ NAMES = {
 
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 # how a text is cut before the merges of a byte-level BPE, by `tokenizer.ggml.pre`
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
 CUTS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": lambda: pre_tokenizers.Sequence(
@@ -73,8 +73,8 @@ CUTS: dict[str, Callable[[], Any]] = {
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     ),
-    "llama-bpe": lambda: _split("1,3"),
-    "qwen2": lambda: _split("1"),
+    "llama-bpe": lambda: _split(r"\p{N}{1,3}"),
+    "qwen2": lambda: _split(r"\p{N}"),
 }
 
 
@@ -276,9 +276,9 @@ def in_order(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _split(digits: str) -> Any:
-    """Words, numbers of so many digits and punctuation apart, then bytes."""
-    pattern = tokenizers.Regex(WORDS % digits if digits != "1" else WORDS.replace("{%s}", ""))
+def _split(number: str) -> Any:
+    """Words, numbers as this expression has them, and punctuation apart; then bytes."""
+    pattern = tokenizers.Regex(WORDS % number)
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, "isolated"),

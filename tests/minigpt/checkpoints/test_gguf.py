@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 from torch import Tensor
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 gguf = pytest.importorskip("gguf")
 
 from minigpt.checkpoints.config import read_config  # noqa: E402
 from minigpt.checkpoints.directory import load, save  # noqa: E402
-from minigpt.checkpoints.gguf import NAMES  # noqa: E402
+from minigpt.checkpoints.gguf import CUTS, NAMES  # noqa: E402
 from minigpt.data.tokenizer import Tokenizer  # noqa: E402
 from minigpt.generation import generate  # noqa: E402
 from tests.conftest import DATA  # noqa: E402
@@ -222,6 +226,22 @@ def test_sentence_pieces_are_those_of_the_real_tokenizer(tmp_path: Path) -> None
 def pairs(raw: Any) -> list[list[str]]:
     merges = raw["model"]["merges"]
     return [m.split(" ") if isinstance(m, str) else m for m in merges]
+
+
+THEIRS = {
+    "llama-bpe": TikTokenConverter(extra_special_tokens=[]).pattern,
+    "qwen2": PRETOKENIZE_REGEX,
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_text_is_cut_as_transformers_cuts_it(kind: str) -> None:
+    text = "I'll pay 12345 euros,  or\n\n\t6 ½ naïve Việt…!?  \r\n end "
+    split = pre_tokenizers.Split(tokenizers.Regex(THEIRS[kind]), "isolated")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs = pre_tokenizers.Sequence([split, by_bytes])
+    assert CUTS[kind]().pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+    assert len(theirs.pre_tokenize_str("12345")) == {"llama-bpe": 2, "qwen2": 5}[kind]
 
 
 real = pytest.mark.skipif(
