@@ -23,7 +23,13 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "methods_memory.csv": TRAINING,
     "profile_step.csv": TRAINING,
     "training_step_gpu.csv": TRAINING,
-    "generation.csv": ("minigpt/models", "minigpt/generation.py"),
+    "generation.csv": ("minigpt/models", "minigpt/generation.py", "minigpt/sampling.py"),
+    "real_model.csv": (
+        *TRAINING,
+        "minigpt/checkpoints",
+        "minigpt/generation.py",
+        "minigpt/sampling.py",
+    ),  # fmt: skip
     "startup.csv": ("minigpt/__init__.py", "minigpt/models", "minigpt/checkpoints"),
     "lora_linear_cpu.csv": ("kernels",),
     "lora_linear_gpu.csv": ("kernels",),

@@ -173,6 +173,41 @@ def updates(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(lines)
 
 
+REAL = """\
+SmolLM2-135M-Instruct, a pretrained Llama whose weights had 4 bits (Q4_1), expanded to fp32 or bf16
+for all sides; `train` is a LoRA step of 4 x 128 tokens, `generate` 64 tokens for so many prompts,
+`load` a load and a first forward pass.  Medians, and ours over the quickest other side, round by
+round; peak is the most memory that the process held while it loaded."""
+
+
+def real_model(folder: Path) -> str:
+    """A line for each task and dtype, a column for each side."""
+    path = folder / "real_model.csv"
+    if not path.exists():
+        return "Not measured yet: `python -m benchmarks.real_model` does."
+    facts, rows = read(path)
+    sides = _values(rows, "side")
+    columns = ["", *sides, f"{OURS} / best", "quartiles", "peak", f"/ {THEIRS}"]
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    for task in dict.fromkeys((r["what"], r["dtype"]) for r in rows):
+        taken = [r for r in rows if (r["what"], r["dtype"]) == task]
+        seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
+        others = [s for s in sides if s != OURS and seconds[s]]
+        best = min(others, key=lambda s: quartiles(seconds[s])[1])
+        pairs = zip(seconds[OURS], seconds[best], strict=True)
+        first, middle, third = quartiles([a / b for a, b in pairs])
+        peaks = [
+            quartiles([int(r["peak_bytes"]) for r in taken if r["side"] == s and r["peak_bytes"]])
+            for s in (OURS, THEIRS)
+            if all(r["peak_bytes"] for r in taken)
+        ]
+        memory = [f"{peaks[0][1] / 1e9:.3g} GB", f"{peaks[0][1] / peaks[1][1]:.2f}"]
+        cells = [f"{quartiles(seconds[s])[1]:.3g} s" if seconds[s] else "" for s in sides]
+        cells += [f"{middle:.2f}", f"{first:.2f} to {third:.2f}"]
+        lines.append(_row([", ".join(task), *cells, *(memory if peaks else ["", ""])]))
+    return "\n\n".join([REAL, measured_on(facts), "\n".join(lines)])
+
+
 def _paper() -> str:
     lines = [_row(["", *PAPER]), _row(["---", *["---:"] * len(PAPER)])]
     for name, shapes in clipped_update.SETS.items():
@@ -283,6 +318,7 @@ def full(folder: Path) -> str:
     _, method_bytes = read(folder / "methods_memory.csv")
     text += ["### What each method costs", "", COSTS, "", measured_on(facts), ""]
     text += [costs(method_steps, method_bytes)]
+    text += ["", "### A pretrained model", "", real_model(folder)]
     text += ["", "### Clip and update", "", clip_and_update(folder)]
     return "\n".join(text)
 

@@ -1,117 +1,126 @@
-"""Sampling from a decoder, one token at a time, with keys and values cached.
+"""Generation from a decoder, one token at a time, with keys and values cached.
 
-    p = softmax(logits / temperature), restricted to the top_k most likely tokens and to the
-    smallest set whose probability reaches top_p
-    (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)
-
-Shapes:  B batch   T time (prompt)   V vocabulary
+Shapes:  B batch   T time (prompt)   N new tokens   V vocabulary
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from minigpt.models.architecture import Decoder
 from minigpt.models.mode import mode
+from minigpt.sampling import Sampling
 
 
+@overload
+def generate(
+    model: Decoder,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    observe: Callable[[Tensor], None] | None = None,
+    return_logprobs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def generate(
+    model: Decoder,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    *,
+    return_logprobs: Literal[True],
+    **settings: Any,
+) -> tuple[Tensor, Tensor]: ...
 @torch.no_grad()
 def generate(
     model: Decoder,
     input_ids: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_token_id: int | None = None,
+    *,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+    observe: Callable[[Tensor], None] | None = None,
+    return_logprobs: bool = False,
+    **sampling: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Prompts (B, T) -> prompts and continuations (B, up to T + max_new_tokens).
 
     Args:
         attention_mask: (B, T), 1 or 0 for padding, at the left; positions count real tokens.
-        temperature: 0 takes the most likely token.
-        eos_token_id: a row that has produced it is filled with it; generation ends when all rows
-            have produced it.
+        eos_token_id: one or several; a row that has produced one repeats it; generation ends when
+            all rows have produced one.
         generator: source of randomness; None: torch's.
+        observe: called with the new tokens (B, 1) of each step.
+        return_logprobs: also returns, in float32 (B, up to max_new_tokens), log p of each new token
+            by the model itself, at temperature 1 and with nothing left out; 0 after the end of a
+            row.
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty, as in `Sampling`.
 
     Raises:
         ValueError: a setting or a token outside its range, padding at the right, more tokens than
             positions, or logits without a finite maximum.
     """
-    _check(model, input_ids, max_new_tokens, attention_mask, temperature, top_k, top_p)
-    _check_eos(model, eos_token_id)
+    draw = Sampling(**sampling)
+    _check(model, input_ids, max_new_tokens, attention_mask)
+    eos = _eos_ids(model, eos_token_id).to(input_ids.device)
     B, T = input_ids.shape
     padded = attention_mask is not None and not bool(attention_mask.all())
     mask = attention_mask.long() if attention_mask is not None and padded else None
     position_ids = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     caches = model.new_caches(B, T + max_new_tokens)
+    seen = _seen(model, input_ids, mask) if draw.repetition_penalty != 1 else None
     finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
     ids, new = input_ids, input_ids
+    logprobs = torch.empty(B, 0, device=input_ids.device)
     with mode(model, training=False):
         for _ in range(max_new_tokens):
             x = model.hidden(new, mask, position_ids, caches)
-            new = _choose(model.head(x[:, -1]), temperature, top_k, top_p, generator)  # (B, 1)
-            if eos_token_id is not None:
-                new = new.masked_fill(finished, eos_token_id)
-                finished |= new == eos_token_id
+            logits = model.head(x[:, -1])  # (B, V)
+            new = draw.choose(logits, seen, generator).where(~finished, ids[:, -1:])  # (B, 1)
+            if return_logprobs:
+                p = logits.float().log_softmax(-1).gather(1, new).masked_fill(finished, 0.0)
+                logprobs = torch.cat([logprobs, p], 1)
             ids = torch.cat([ids, new], 1)
+            if seen is not None:
+                seen.scatter_(1, new, True)
+            if observe is not None:
+                observe(new)
+            if len(eos):
+                finished |= torch.isin(new, eos)
+                if bool(finished.all()):
+                    break
             if mask is not None and position_ids is not None:
                 mask = torch.cat([mask, mask.new_ones(B, 1)], 1)
                 position_ids = position_ids[:, -1:] + 1
-            if eos_token_id is not None and bool(finished.all()):
-                break
-    return ids
+    return (ids, logprobs) if return_logprobs else ids
 
 
-def _choose(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Logits (B, V) -> one token id a row, (B, 1)."""
-    largest = logits.amax(-1, keepdim=True)
-    if not bool(largest.isfinite().all()):
-        raise ValueError("the model's logits are NaN or infinite: no token can be chosen")
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    limits = torch.finfo(torch.float32)
-    # the largest is 0 first: however small the temperature, nothing overflows upwards
-    logits = (logits.float() - largest.float()) / min(max(temperature, limits.tiny), limits.max)
-    if top_k is not None and top_k < logits.size(-1):
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    p = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        descending, order = p.sort(descending=True, stable=True)
-        before = descending.cumsum(-1) - descending  # probability of all more likely tokens
-        beyond = (before >= top_p) & (before > 0)  # in fp32 a tiny top_p is 0
-        p = p.scatter(-1, order, descending.masked_fill(beyond, 0.0))
-    return torch.multinomial(p, 1, generator=generator)
+def _seen(model: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, V): which tokens stand in each row, padding apart."""
+    real = torch.ones_like(ids).long() if mask is None else mask
+    count = real.new_zeros(len(ids), model.config.vocab_size).scatter_add_(1, ids.long(), real)
+    return count > 0
 
 
 def _check(
-    model: Decoder,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    attention_mask: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    model: Decoder, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
 ) -> None:
     if input_ids.dim() != 2 or input_ids.size(1) == 0:
         raise ValueError(f"input_ids is {list(input_ids.shape)}, must be (B, T) with T at least 1")
     _check_ids(model, input_ids)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must not be negative")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}, must be 0 (greedy) or positive")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, must lie in (0, 1]")
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -142,7 +151,9 @@ def _check_ids(model: Decoder, input_ids: Tensor) -> None:
             raise ValueError(f"input_ids holds {bad}, must lie in [0, {size})")
 
 
-def _check_eos(model: Decoder, eos_token_id: int | None) -> None:
+def _eos_ids(model: Decoder, eos_token_id: int | Sequence[int] | None) -> Tensor:
     size = model.config.vocab_size
-    if eos_token_id is not None and not 0 <= eos_token_id < size:
-        raise ValueError(f"eos_token_id is {eos_token_id}, must lie in [0, {size})")
+    given = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    if wrong := [i for i in given if not 0 <= i < size]:
+        raise ValueError(f"eos_token_id is {wrong[0]}, must lie in [0, {size})")
+    return torch.tensor(given, dtype=torch.long)

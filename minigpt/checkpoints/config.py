@@ -13,10 +13,12 @@ from peft_lite.json_files import check_types, read_object
 
 logger = logging.getLogger("minigpt")
 
+EOS = int | list[int] | None
 COMMON: dict[str, Any] = {  # fields that are no settings of the model itself
     "architectures": list[str] | None,
     "num_labels": int | None,
     "id2label": Mapping[str, str] | None,
+    "eos_token_id": EOS,
 }
 
 
@@ -47,3 +49,20 @@ def read_config(directory: Path) -> tuple[Architecture, Config, dict[str, Any]]:
     if other := architecture.other_class(raw):
         logger.warning("%s: there is no code for the head of %s: left out", path, short(other))
     return architecture, config, raw
+
+
+def end_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text: those of generation_config.json, else of config.json; none that
+    the vocabulary lacks, since the model cannot produce it.
+
+    Raises:
+        ValueError: the field is no id and no list of ids.
+    """
+    path = directory / "generation_config.json"
+    raw = read_object(path) if path.exists() else {}
+    check_types(raw, {"eos_token_id": EOS}, f"{path}: ")
+    if raw.get("eos_token_id") is None:
+        raw = read_config(directory)[2]
+    given = raw.get("eos_token_id")
+    ids = [given] if isinstance(given, int) else given or []
+    return tuple(i for i in ids if 0 <= i < vocab_size)

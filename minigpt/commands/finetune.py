@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minigpt.checkpoints.companions import copy_companions
 from minigpt.checkpoints.directory import load, save
 from minigpt.checkpoints.source import find
 from minigpt.commands.command import Run
@@ -33,7 +34,7 @@ PROMPT, SAMPLE = 24, 120  # tokens
 class Finetune(MethodOptions, TrainingOptions, DeviceOption):
     """The command's settings."""
 
-    model: str = option('a model directory, a hub id, or "bundled"')
+    model: str = option('a model directory, a .gguf file, a hub id, "bundled" or "smollm2"')
     text: str = option("the text to learn from, UTF-8, or bundled-carroll or bundled-poe")
     lr: float | None = option(  # type: ignore[assignment]
         "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
@@ -91,6 +92,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     else:
         save(model, written)
         tokenizer.save(written)
+        copy_companions(directory, written)
     storage.replace_folder(written, out / result)
     storage.write_text(
         out / "sample.txt",

@@ -1,58 +1,140 @@
-"""`minigpt generate`: continue a prompt."""
+"""`minigpt generate`: continue prompts, or answer them."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import peft_lite
+from minigpt.checkpoints.config import end_ids
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import find
 from minigpt.commands.command import Query
+from minigpt.data.chat import ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
 from minigpt.settings.checks import check_seed
 from minigpt.settings.device import DeviceOption
 from minigpt.settings.options import option
 
+BETWEEN = "---"  # the line between the texts of several prompts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(DeviceOption):
     """The command's settings."""
 
-    model: str = option('a model directory, a hub id, or "bundled"')
-    prompt: str = option("what the text begins with")
+    model: str = option('a model directory, a .gguf file, a hub id, "bundled" or "smollm2"')
+    prompt: list[str] = option("what the text begins with; several are continued side by side")
+    chat: bool = option("take each prompt as a user's message, and answer it", False)
     adapter: str | None = option("an adapter directory, written here or by HF PEFT", None)
     max_new_tokens: int = option("tokens to add", 100)
     temperature: float = option("0: always the most likely token", 0.8)
     top_k: int | None = option("only the k most likely tokens", None)
     top_p: float | None = option("only the most likely tokens that hold probability p", None)
+    min_p: float | None = option("only tokens p times as likely as the most likely one", None)
+    repetition_penalty: float = option("above 1: tokens that occurred get less likely", 1.0)
     seed: int = option("seed of the sampling", 0)
 
 
 def generate_text(settings: Generate) -> None:
-    """Prints the prompt and its continuation."""
+    """Prints each prompt and its continuation, or the answer alone; of one prompt as it comes."""
     check_seed(settings.seed)
     device = settings.find_device()
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
+    prompts = _encode(settings, directory, tokenizer)
     model = load(directory, head="causal-lm", device=device)
     tokenizer.check(model.config.vocab_size)
     if settings.adapter is not None:
         peft_lite.load(model, settings.adapter)
-    ids = tokenizer.encode(settings.prompt)
-    if not ids:
-        raise ValueError("--prompt is empty, must hold at least one token")
-    out = generate(
+    ids, mask = left_padded(prompts)
+    ends = {*end_ids(directory, model.config.vocab_size)}
+    if tokenizer.end_of_text is not None:
+        ends.add(tokenizer.end_of_text)
+    texts = [Continuation(tokenizer, prompt, ends) for prompt in prompts]
+    shown = "" if settings.chat else settings.prompt[0]
+    if len(texts) == 1:
+        print(shown, end="", flush=True)
+
+    def observe(new: Tensor) -> None:
+        for text, i in zip(texts, new[:, 0].tolist(), strict=True):
+            text.add(i)
+        if len(texts) == 1:
+            print(texts[0].take(), end="", flush=True)
+
+    generate(
         model,
-        torch.tensor([ids], device=device),
+        ids.to(device),
         settings.max_new_tokens,
+        mask.to(device),
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        eos_token_id=tokenizer.end_of_text,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=sorted(ends),
         generator=torch.Generator(device).manual_seed(settings.seed),
+        observe=observe,
     )
-    print(tokenizer.decode(out[0].tolist()))
+    if len(texts) == 1:
+        print(texts[0].take(whole=True))
+        return
+    for n, (prompt, text) in enumerate(zip(settings.prompt, texts, strict=True)):
+        if n:
+            print(BETWEEN)
+        print(("" if settings.chat else prompt) + text.take(whole=True))
+
+
+class Continuation:
+    """The text of the tokens after a prompt, up to one that ends it.
+
+    A token may end within a character, or show only beside those before it how it is written; so
+    all are decoded together, and what ends in half a character waits for the rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], ends: Iterable[int]) -> None:
+        self.tokenizer = tokenizer
+        self.ids, self.ends = list(prompt), frozenset(ends)
+        self.done = False
+        self.taken = len(tokenizer.decode(prompt))
+
+    def add(self, i: int) -> None:
+        """The next token."""
+        self.done = self.done or i in self.ends
+        if not self.done:
+            self.ids.append(i)
+
+    def take(self, whole: bool = False) -> str:
+        """What was not taken yet; `whole` takes half a character, too."""
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd") and not whole:
+            return ""
+        new = text[self.taken :]
+        self.taken = len(text)
+        return new
+
+
+def _encode(settings: Generate, directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of each prompt, with what the model expects before it."""
+    if settings.chat:
+        template = ChatTemplate.load(directory)
+        turns = [[{"role": "user", "content": prompt}] for prompt in settings.prompt]
+        return [tokenizer.encode(template.text(turn, add_generation_prompt=True)) for turn in turns]
+    prompts = [tokenizer.start + tokenizer.encode(prompt) for prompt in settings.prompt]
+    if not all(prompts):
+        raise ValueError("--prompt is empty, must hold at least one token")
+    return prompts
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) of prompts of different lengths."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
 
 
 COMMAND = Query(Generate, generate_text)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,6 +202,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def start(self) -> list[int]:
+        """The ids that its file puts before a text, such as `<s>`."""
+        text = self.backend.encode("a", add_special_tokens=True)
+        marks = zip(text.ids, text.special_tokens_mask, strict=True)
+        return [i for i, _ in takewhile(lambda mark: mark[1] == 1, marks)]
 
     @property
     def end_of_text(self) -> int | None:

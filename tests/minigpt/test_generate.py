@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minigpt import GPTNeo, GPTNeoConfig, generate
-from minigpt.generation import _choose
 from minigpt.models.mode import mode
+from minigpt.sampling import Sampling
 from tests.conftest import tokens
 
 NEW = 64
@@ -189,16 +189,16 @@ TINY = [1e-6, 1e-30, 1e-40, 1e-300, 5e-324]
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
 def test_a_tiny_temperature_takes_the_most_likely(temperature, scale):
     logits = torch.tensor([[0.5, -3.0, 2.0, 1.9, -torch.inf], [-9.0, -2.0, -3.0, -8.0, -7.0]])
-    settings = ((None, None), (3, None), (None, 0.5), (2, 0.9))
-    chosen = [_choose(logits * scale, temperature, k, p, None) for k, p in settings]
-    assert [ids.flatten().tolist() for ids in chosen] == [[2, 1]] * 4
+    settings = ({}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 2, "top_p": 0.9}, {"min_p": 0.1})
+    for others in settings:
+        chosen = Sampling(temperature=temperature, **others).choose(logits * scale)
+        assert chosen.flatten().tolist() == [2, 1]
 
 
 def test_a_huge_temperature_is_uniform_over_what_can_be():
     logits = torch.tensor([[0.0, 9.0, -torch.inf, -9.0]]).expand(4000, 4)
-    counts = (
-        _choose(logits, 1e300, None, None, torch.Generator().manual_seed(0)).flatten().bincount()
-    )
+    random = torch.Generator().manual_seed(0)
+    counts = Sampling(temperature=1e300).choose(logits, generator=random).flatten().bincount()
     assert counts[2] == 0
     assert counts.tolist() == pytest.approx([4000 / 3, 4000 / 3, 0, 4000 / 3], abs=150)
 
@@ -219,7 +219,81 @@ def test_logits_that_are_not_finite_are_refused(temperature, value, seven):
     logits = torch.zeros(2, 7)
     logits[1, 3] = value
     with pytest.raises(ValueError, match="logits are NaN or infinite"):
-        _choose(logits, temperature, None, None, None)
+        Sampling(temperature=temperature).choose(logits)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_probabilities_equal_those_of_transformers(seed):
+    """Any mixture of settings; the expected values come from its processors, one by one."""
+    from transformers.generation import logits_process as theirs
+
+    random = np.random.default_rng(seed)
+    logits = torch.from_numpy(random.normal(0, 3, (5, 23))).float()
+    ids = torch.from_numpy(random.integers(23, size=(5, 9)))
+    seen = torch.zeros(5, 23, dtype=torch.bool).scatter(1, ids, True)
+    penalty, temperature = random.choice([0.7, 1.3, 4.0]), random.choice([0.4, 1.0, 1.9])
+    z = theirs.RepetitionPenaltyLogitsProcessor(float(penalty))(ids, logits.clone())
+    z = theirs.TemperatureLogitsWarper(float(temperature))(ids, z)
+    options = {}
+    for name, kind, value in (
+        ("top_k", theirs.TopKLogitsWarper, int(random.integers(1, 23))),
+        ("top_p", theirs.TopPLogitsWarper, float(random.uniform(0.1, 0.99))),
+        ("min_p", theirs.MinPLogitsWarper, float(random.uniform(0.0, 0.6))),
+    ):
+        if random.random() < 0.6:
+            options[name], z = value, kind(value)(ids, z)
+    draw = Sampling(temperature=temperature, repetition_penalty=penalty, **options)
+    p = draw.probabilities(draw.penalised(logits, seen))
+    expected = z.double().softmax(-1)
+    assert torch.equal(p > 0, expected > 0)
+    assert torch.allclose((p / p.sum(-1, keepdim=True)).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_penalty_counts_the_row_and_not_its_padding(tiny_neo):
+    hf, ours = tiny_neo
+    prompts = [tokens(101, n, seed=n) for n in (3, 8)]
+    ids, mask = left_padded(prompts)
+    out = greedy(ours, ids, 30, attention_mask=mask, repetition_penalty=1.4)
+    for prompt, row in zip(prompts, out, strict=True):
+        expected = hf.generate(
+            prompt[None], max_new_tokens=30, do_sample=False, repetition_penalty=1.4
+        )
+        assert torch.equal(row[8:], expected[0, len(prompt) :])
+
+
+def test_log_probabilities_are_those_of_the_model(tiny_neo):
+    """Of a forward pass over the whole text, as training computes them: at temperature 1, with
+    nothing left out, padding or not; 0 after the end.
+    """
+    ours = tiny_neo[1]
+    ids, mask = left_padded([tokens(101, n, seed=n) for n in (3, 8)])
+    free = greedy(ours, ids, 20, attention_mask=mask)[:, 8:]
+    eos = int(free[0, 6])
+    out, logprobs = generate(
+        ours, ids, 20, mask, temperature=0.7, top_k=20, eos_token_id=eos, return_logprobs=True,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    N = out.size(1) - 8
+    assert logprobs.shape == (2, N)
+    assert logprobs.dtype == torch.float32
+    whole = torch.cat([mask, torch.ones(2, N, dtype=torch.long)], 1)
+    positions = (whole.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        p = ours(out, whole, positions)[:, 7:-1].log_softmax(-1).gather(2, out[:, 8:, None])[..., 0]
+    ended = (out[:, 8:] == eos).cumsum(1) - (out[:, 8:] == eos).long() > 0
+    assert torch.allclose(logprobs, p.masked_fill(ended, 0.0), atol=2e-5)
+    plain = generate(
+        ours, ids, 20, mask, temperature=0.7, top_k=20, eos_token_id=eos,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    assert torch.equal(plain, out)
+    assert generate(ours, ids, 0, mask, return_logprobs=True)[1].shape == (2, 0)
+
+
+def test_each_step_is_observed(tiny_neo):
+    ids, steps = tokens(101, 2, 6), []
+    out = greedy(tiny_neo[1], ids, 9, observe=lambda new: steps.append(new.clone()))
+    assert torch.equal(torch.cat([ids, *steps], 1), out)
 
 
 def test_rows_and_steps_are_drawn_independently(seven):
@@ -270,6 +344,17 @@ def test_a_row_that_has_ended_is_filled_until_all_have(tiny_neo):
     for row, whole, end in zip(ended, free, (first, second), strict=True):
         assert torch.equal(row[: end + 1], whole[: end + 1])
         assert (row[end:] == eos).all()
+
+
+def test_any_of_several_ends_will_do(tiny_neo):
+    ids = tokens(101, 2, 6, seed=2)
+    free = greedy(tiny_neo[1], ids, 40)[:, 6:]
+    ends = [int(free[0, 5]), int(free[1, 11])]
+    ended = greedy(tiny_neo[1], ids, 40, eos_token_id=ends)[:, 6:]
+    for row, whole in zip(ended, free, strict=True):
+        end = next(i for i, token in enumerate(whole.tolist()) if token in ends)
+        assert torch.equal(row[: end + 1], whole[: end + 1])
+        assert (row[end:] == whole[end]).all()
 
 
 def test_an_end_that_never_comes_changes_nothing(tiny_neo):
@@ -371,6 +456,12 @@ def test_no_gradient_is_recorded_and_no_weight_moves(dropping):
         ({"top_p": 0.0}, r"top_p is 0\.0"),
         ({"top_p": 1.1}, r"top_p is 1\.1"),
         ({"top_p": float("nan")}, "top_p is nan"),
+        ({"min_p": -0.1}, r"min_p is -0\.1"),
+        ({"min_p": 1.5}, r"min_p is 1\.5"),
+        ({"min_p": float("nan")}, "min_p is nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"eos_token_id": [3, 50]}, "eos_token_id is 50"),
         ({"eos_token_id": 50}, "eos_token_id is 50"),
         ({"eos_token_id": -1}, "eos_token_id is -1"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids is \[2, 0\]"),

@@ -56,7 +56,14 @@ def theirs(kind: str = "llama", **settings: Any) -> Any:
     return model
 
 
-def written(path: Path, model: Any, kind: str = "llama", type: str = "F32", **more: Any) -> Path:
+def written(
+    path: Path,
+    model: Any,
+    kind: str = "llama",
+    type: str = "F32",
+    divisors: Tensor | None = None,
+    **more: Any,
+) -> Path:
     """The model as a file of this type; `more` are further values of its header."""
     config = model.config
     writer = gguf.GGUFWriter(path, kind)
@@ -91,6 +98,8 @@ def written(path: Path, model: Any, kind: str = "llama", type: str = "F32", **mo
             its_type = gguf.GGMLQuantizationType[type]
             data = gguf.quants.quantize(numbers, its_type)
             writer.add_tensor(full, data, raw_dtype=its_type)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", divisors.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,6 +129,35 @@ def test_a_file_is_the_model_that_was_written(
     with torch.no_grad():
         want = model(ids()).logits
         assert (ours(ids()) - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_scaling_is_read_from_its_divisors(factor: float, tmp_path: Path) -> None:
+    """llama.cpp writes what each frequency is divided by, in place of the numbers behind it."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    model = theirs(rope_parameters=LLAMA_3 | {"factor": factor}, max_position_embeddings=2**15)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
+    divisors = LLAMA_3["rope_theta"] ** -(torch.arange(0, N, 2) / N) / scaled
+    assert 1 < len(set(divisors.tolist())) <= N / 2
+    path = written(tmp_path / "m.gguf", model, divisors=divisors)
+    far = torch.arange(11)[None] * 1000
+    with torch.no_grad():
+        want = model(ids()[:1], position_ids=far).logits
+        got = load(path)(ids()[:1], position_ids=far)
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    divisors[3] *= 1.01
+    with pytest.raises(ValueError, match="no published scaling of Llama 3, factor 8 or 32"):
+        load(written(tmp_path / "m.gguf", model, divisors=divisors))
 
 
 def half(x: Any) -> Tensor:
