@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 UNKNOWN = "unknown"
 TRAINING = ("minigpt/models", "minigpt/objectives", "minigpt/training", "peft_lite", "kernels")
+GENERATION = ("minigpt/generation.py", "minigpt/sampling.py")
 # result file -> the paths whose code it measures
 MEASURES: Mapping[str, tuple[str, ...]] = {
     "training_step.csv": TRAINING,
@@ -23,13 +24,8 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "methods_memory.csv": TRAINING,
     "profile_step.csv": TRAINING,
     "training_step_gpu.csv": TRAINING,
-    "generation.csv": ("minigpt/models", "minigpt/generation.py", "minigpt/sampling.py"),
-    "real_model.csv": (
-        *TRAINING,
-        "minigpt/checkpoints",
-        "minigpt/generation.py",
-        "minigpt/sampling.py",
-    ),  # fmt: skip
+    "generation.csv": ("minigpt/models", *GENERATION),
+    "real_model.csv": (*TRAINING, "minigpt/checkpoints", *GENERATION),
     "startup.csv": ("minigpt/__init__.py", "minigpt/models", "minigpt/checkpoints"),
     "lora_linear_cpu.csv": ("kernels",),
     "lora_linear_gpu.csv": ("kernels",),

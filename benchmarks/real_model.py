@@ -5,9 +5,8 @@ that all sides load.  `train` is a LoRA step (r 8, q_proj and v_proj, 4 x 128 to
 AdamW, clipped), `generate` writes 64 tokens greedily after 16, for one prompt and for eight of one
 length; in fp32, and in bf16 (training under autocast, generation with weights in bf16).  All sides
 live in one process and take turns.  `load` is a fresh process a round: load and first forward pass
-after the imports, and the most memory that it held.  Compiled means torch.compile on the model, with a static cache
-in generation.  Sides must agree: losses to 1e-3 of their size, and tokens, which in bf16 may part
-where two are equally likely.
+after the imports, and the most memory that it held.  Compiled means torch.compile, with a static
+cache in generation.  Losses must agree, and in fp32 the tokens, too.
 
     python -m benchmarks.real_model               -> results/real_model.csv
     columns: what, dtype, side, round, seconds, peak_bytes
