@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +210,31 @@ def test_totals_are_those_of_report() -> None:
     for model in sizes().values():
         assert f"({peft_lite.report(model).total:,}" in text
     assert len({page for page, *_ in counts()}) == len(PAGES) - 1  # all but the handle's
+
+
+def test_the_ledger_sets_a_pretrained_decoder_beside_the_others() -> None:
+    def run(model: str, label: str, measured: str) -> dict[str, Any]:
+        finding = {"claim": "partial.forgetting", "measured": measured, "verdict": "holds"}
+        return {
+            "settings": {"model": f"somewhere/{model}"},
+            "title": f"A study of {model}",
+            "parts": {"a": {"weights": label}, "b": {}},
+            "findings": [finding, {**finding, "claim": "partial.memory"}],
+            "answer": [f"{model} forgets {measured}."],
+        }
+
+    runs = [
+        ("one", run("smollm2", "Q4_1 weights", "0.1 nats")),
+        ("two", run("bundled", "", "0.3 nats")),
+        ("three", run("bert", "", "nothing")),
+    ]
+    head, _, *rows = claims.pretrained(runs)
+    assert head == "| about | claim | bundled | smollm2, Q4_1 weights |"
+    claim = CLAIMS["partial.forgetting"].text
+    assert f"| forgetting | {claim} | 0.3 nats: *holds* | 0.1 nats: *holds* |" in rows
+    assert f"| quality against the rank | {CLAIMS['rank.plateau'].text} |  |  |" in rows
+    said = "[A study of smollm2](studies/one/report.html): smollm2 forgets 0.1 nats."
+    assert [row for row in rows if "](" in row] == [said]
 
 
 def test_the_ledger_of_claims_is_that_of_the_results() -> None:

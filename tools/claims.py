@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minigpt.studies import words
 from minigpt.studies.claims import CLAIMS, SEEDS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -49,6 +50,20 @@ TITLES = {
     "004": "Survey",
 }
 
+PRETRAINED = """## What only a pretrained decoder can tell
+
+Random weights write no frequent words and have nothing to forget, and the bundled model has read
+three texts. The claims about what a model knows, and loses, are held against each of the decoders
+here:
+"""
+ABOUT = {
+    "popular tokens": ("freezing.popular", "partial.own-set"),
+    "forgetting": ("partial.forgetting",),
+    "fall of the loss": ("freezing.loss-falls", "freezing.loss", "freezing.inverse-loss"),
+    "quality against the rank": ("rank.plateau",),
+}
+DECODERS = ("gpt-neo-125m-random", "bundled", "smollm2")
+
 
 def ledger() -> str:
     """The page."""
@@ -68,6 +83,7 @@ def ledger() -> str:
                 begin = [claim.text, claim.quoted] if i == 0 else ["", ""]
                 lines.append("| " + " | ".join(cell(c) for c in [*begin, *cells]) + " |")
         lines.append("")
+    lines += [PRETRAINED, *pretrained(runs), ""]
     lines += ["## The runs", "", "| run | command | machine |", "|---|---|---|"]
     for name, results in runs:
         report = f"[{name}](studies/{name}/report.html)"
@@ -90,6 +106,31 @@ def findings(runs: list[tuple[str, Any]], key: str) -> list[list[str]]:
         [measured, verdict, f"{on} ({', '.join(where)})", note]
         for (measured, verdict, on, note), where in reports.items()
     ]
+
+
+def pretrained(runs: list[tuple[str, Any]]) -> list[str]:
+    """The claims of ABOUT beside every decoder, then the answers of those from a .gguf file."""
+    models = {m: [r for _, r in runs if words.name(r["settings"]["model"]) == m] for m in DECODERS}
+    models = {m: results for m, results in models.items() if results}
+    heads = [
+        words.model_name(m, words.weights(results[0]["parts"])) for m, results in models.items()
+    ]
+    lines = [f"| about | claim | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for about, keys in ABOUT.items():
+        for key in keys:
+            cells = [about, CLAIMS[key].text, *(said(results, key) for results in models.values())]
+            lines.append("| " + " | ".join(map(cell, cells)) + " |")
+    for run, results in runs:
+        if words.weights(results["parts"]):
+            answer = " ".join(results["answer"])
+            lines += ["", f"[{results['title']}](studies/{run}/report.html): {answer}"]
+    return lines
+
+
+def said(studies: list[Any], key: str) -> str:
+    """What studies of one model measured about a claim, with the verdict."""
+    about = [f for results in studies for f in results["findings"] if f["claim"] == key]
+    return "; ".join(f"{f['measured']}: *{f['verdict']}*" for f in about)
 
 
 def command(results: Any) -> str:

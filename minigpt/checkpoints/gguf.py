@@ -15,7 +15,9 @@ llama.cpp's rotary positions want them; here they are put back in order (0, 1, .
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,13 @@ class Gguf:
             return field.contents()
         except Exception as error:
             raise ValueError(f"cannot read {self.path}: {name} is damaged ({error})") from None
+
+    def most(self) -> str:
+        """The type of most of its numbers, "Q4_1" for example."""
+        numbers: Counter[str] = Counter()
+        for t in self.reader.tensors:
+            numbers[t.tensor_type.name] += prod(self.shapes[t.name])
+        return max(numbers, key=lambda kind: numbers[kind])
 
     def config(self) -> dict[str, Any]:
         """What a config.json says.

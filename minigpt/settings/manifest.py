@@ -16,7 +16,11 @@ Files = Mapping[str, Mapping[str, str]]  # what it is -> path -> SHA-256
 
 
 def model_files(directory: Path) -> dict[str, list[Path]]:
-    """The files of a checkpoint by what they are: config, tokenizer, weights."""
+    """The files of a checkpoint by what they are: config, tokenizer, weights.  A .gguf file, which
+    is all of them, counts as weights.
+    """
+    if directory.suffix == ".gguf":
+        return {"weights": [directory]}
     files = sorted(file for file in directory.iterdir() if file.is_file())
     weights = [file for file in files if ".safetensors" in file.suffixes]
     return {

@@ -27,7 +27,7 @@ from minigpt.settings.manifest import model_files
 from minigpt.studies import report as reports
 from minigpt.studies.figures import Figures
 from minigpt.studies.lab import Lab, Part, Result
-from minigpt.studies.words import enough
+from minigpt.studies.words import enough, weights
 
 STUDIES: Mapping[str, str] = {
     "targeted-freezing": "000: train query, key, value of the upper blocks, or all but them",
@@ -88,7 +88,8 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
     runs.claim(out, f"study {name}", settings, _inputs(settings))
     results = Lab(out).run(todo)
     measured = module.measure(settings, results)
-    report, figures = module.report(measured), Figures(out / "figures")
+    report = module.report(measured)
+    figures = Figures(out / "figures", weights(results))
     module.draw(measured, figures)
     reports.write(out, name, settings, report, figures.drawn, results)
     seeds = enough(settings.seeds, "seed")

@@ -5,6 +5,8 @@ constant rate and without clipping:
 
     theta_i <- theta_i - eta AdamW(g)_i    for i in T;    all other theta_i stay
 
+The names are the native ones, which are the same in every architecture: blocks.3.attention.query.
+
 Popular tokens: p is the share of sampled tokens that are among the k most frequent ones of a text.
 """
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt.checkpoints import gguf
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import find
 from minigpt.data.tales import text_of
@@ -28,15 +31,22 @@ from minigpt.objectives.causal import language_model_loss
 from minigpt.studies.training import Step, at_least, learn
 from minigpt.training.train import Probe, Row, TrainConfig
 
-Rule = Callable[[str], bool]
+DECODER = 'a decoder: a directory, a .gguf file, a hub id, "bundled" or "smollm2"'
+
+Rule = Callable[[str], bool]  # whether the parameter of a native name trains
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A pretrained decoder and its tokenizer."""
+    """A pretrained decoder and its tokenizer.
+
+    Attributes:
+        weights: what they were rounded to in a .gguf file, "Q4_1 weights"; "" in any other.
+    """
 
     model: architecture.Decoder
     tokenizer: Tokenizer
+    weights: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +64,8 @@ def load_decoder(source: str, device: str | None = None) -> Decoder:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(directory, head="causal-lm", device=device)
     tokenizer.check(model.config.vocab_size)
-    return Decoder(model, tokenizer)
+    rounded = directory.suffix == ".gguf"
+    return Decoder(model, tokenizer, f"{gguf.opened(directory).most()} weights" if rounded else "")
 
 
 def token_ids(decoder: Decoder, source: str) -> Tensor:
@@ -70,12 +81,12 @@ def split_ids(decoder: Decoder, source: str, heldout: float) -> tuple[Tensor, Te
 
 
 def train_only(model: architecture.Model, rule: Rule) -> int:
-    """Lets those parameters train whose checkpoint names the rule picks, and no others.
+    """Lets those parameters train whose native names the rule picks, and no others.
 
     Returns:
         How many tensors train.
     """
-    picked = [rule(model.names.to_hf(name)) for name, _ in model.named_parameters()]
+    picked = [rule(name) for name, _ in model.named_parameters()]
     for p, trains in zip(model.parameters(), picked, strict=True):
         p.requires_grad_(trains)
     return sum(picked)

@@ -41,10 +41,15 @@ def marks(style: Style) -> Style:
 
 
 class Figures:
-    """The figures of a report, drawn in `folder` one after another."""
+    """The figures of a report, drawn in `folder` one after another.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        label: what every picture and caption says besides, such as "Q4_1 weights".
+    """
+
+    def __init__(self, folder: Path, label: str = "") -> None:
         self.folder = folder
+        self.label = label
         self.drawn: list[Figure] = []
 
     @contextmanager
@@ -62,6 +67,9 @@ class Figures:
             page, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
             try:
                 yield axes
+                if self.label:
+                    page.suptitle(self.label, x=0.99, ha="right", fontsize="small")
+                    caption = f"{caption} {self.label}."
                 page.savefig(self.folder / file, dpi=150)
                 self.drawn.append(Figure(file, caption))
             finally:

@@ -45,13 +45,13 @@ from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import Finding, count, decided
 from minigpt.studies.counts import lora_counts
-from minigpt.studies.decoders import load_decoder, split_ids
+from minigpt.studies.decoders import DECODER, load_decoder, split_ids
 from minigpt.studies.figures import OTHERS, Figures, line, points
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.paired import differences
 from minigpt.studies.report import Report, Table
 from minigpt.studies.training import at_least, learn
-from minigpt.studies.words import moves, ran_on
+from minigpt.studies.words import moves, ran_on, weights
 from minigpt.training.train import TrainConfig, evaluate
 
 TITLE = "The rank of LoRA (write-up 004)"
@@ -76,7 +76,7 @@ MARGIN = 0.05  # of what fine-tuning gains
 class Settings:
     """The study's settings."""
 
-    model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
+    model: str = option(DECODER, "bundled")
     text: str = option("the text to learn from, UTF-8, or a bundled tale", CARROLL)
     seeds: int = option("runs of each rank and size; below five nothing is decided", 5)
     steps: int = with_default(TrainingOptions, "steps", 24)
@@ -163,6 +163,7 @@ def run(folder: Path, settings: Settings, share: Fraction, seed: int) -> Result:
         learn(folder / arm, title, model, language_model_loss, batches, config, size * length)
         losses[arm] = evaluate(model, language_model_loss, heldout)
     return {
+        "weights": decoder.weights,
         "tokens": len(batches.tokens),
         "before": evaluate(decoder.model, language_model_loss, heldout),
         "losses": losses,
@@ -245,6 +246,7 @@ class Measured:
 
     settings: Settings
     sizes: Mapping[Fraction, Size]
+    weights: str = ""  # what the model's were rounded to
 
     @property
     def all(self) -> Size:
@@ -265,7 +267,7 @@ def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
             trainable={r: trainable[str(r)] for r in RANKS},
             whole=trainable[FULL],
         )
-    return Measured(settings, sizes)
+    return Measured(settings, sizes, weights(results))
 
 
 def of_text(share: Fraction) -> str:
@@ -324,7 +326,7 @@ def findings(m: Measured) -> list[Finding]:
             f"the difference to rank {size.best}, the best, contains 0 at rank {size.plateau}; "
             f"within 5 % of the gain of fine-tuning from {flat} on",
             size.reaches_plateau(),
-            ran_on(m.settings.model, [m.settings.text], m.settings.seeds),
+            ran_on(m.settings.model, [m.settings.text], m.settings.seeds, m.weights),
             f"With all of the text. With less of it: {others}. The scale is alpha / sqrt(r): with "
             "alpha / r larger ranks would be held back.",
         ),

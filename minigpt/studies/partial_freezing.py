@@ -3,11 +3,13 @@
     theta_i <- theta_i - eta AdamW(g)_i    for i in T;    all other theta_i stay, to the bit
 
     full        T is everything
-    intended    T is the MLPs and the layer norms: no name with `attn`, `wte` or `wpe` in it
-    literal     the write-up's own test, `"attn" in name or "embed" in name` is frozen
+    intended    T is all but the attention of the blocks and the embeddings: MLPs and norms
+    literal     the write-up's own test on the checkpoint's names, `"attn" in name or "embed" in
+                name` is frozen
 
 GPT-Neo's checkpoints call its embeddings `wte` and `wpe`.  The literal test misses them in silence:
-of 125,198,592 parameters it trains 96,877,824, the intended rule 56,707,584.
+of 125,198,592 parameters it trains 96,877,824, the intended rule 56,707,584.  Llama's call them
+`embed_tokens`: there both rules pick the same, and the literal one has no run of its own.
 
 One model for each of two texts.  Both are held against both sets of popular tokens (the 100 most
 frequent tokens of a text that are longer than two characters):
@@ -29,7 +31,8 @@ What differs: several seeds; full tuning beside it, which the claims compare wit
 the check that frozen tensors stay are measured, each in a process of its own.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -44,12 +47,14 @@ from minigpt.data.text import Batch, consecutive_windows
 from minigpt.generation import generate
 from minigpt.metrics.intervals import Estimate, share
 from minigpt.metrics.popular_tokens import longer_than, popular_share, popular_tokens
+from minigpt.models.architecture import Model
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import Finding, above, below, count, decided
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
+    DECODER,
     Decoder,
     Rule,
     Tuning,
@@ -64,7 +69,16 @@ from minigpt.studies.lab import Part, Result
 from minigpt.studies.paired import differences, last_tenth, over_seeds, ratios
 from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import Step, in_turn
-from minigpt.studies.words import enough, name, percent, ran_on, shown, side
+from minigpt.studies.words import (
+    enough,
+    model_name,
+    name,
+    percent,
+    ran_on,
+    shown,
+    side,
+    weights,
+)
 from minigpt.training import memory
 from minigpt.training.snapshot import fingerprint
 from minigpt.training.train import evaluate
@@ -82,14 +96,8 @@ PUBLISHED: Mapping[str, Any] = {
     "lr": 5e-5,
     "popular": 100,
 }
-RULES: Mapping[str, Rule] = {
-    "full": lambda name: True,
-    "intended": lambda name: not ("attn" in name or "wte" in name or "wpe" in name),
-    "literal": lambda name: not ("attn" in name or "embed" in name),
-}
+RULES = ("full", "intended", "literal")
 TEXTS = ("text", "text2")
-# the models: rule and text tuned on
-TUNED = [(arm, text) for text in TEXTS for arm in RULES if (arm, text) != ("literal", "text2")]
 WHEN = ("before", "after")
 LONGER = 2  # characters of a token that may be popular
 WINDOWS = 16  # windows of a text that a loss is measured on
@@ -102,7 +110,7 @@ QUOTED_MEMORY = (0.25, 0.30)
 class Settings(Tuning):
     """Of `minigpt study partial-freezing`."""
 
-    model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
+    model: str = option(DECODER, "bundled")
     text: str = option("the first text, UTF-8, or a bundled tale", CARROLL)
     text2: str = option("the second text", POE)
     pretraining_text: str | None = option(
@@ -136,8 +144,8 @@ class Settings(Tuning):
 
 
 def parts(settings: Settings) -> list[Part]:
-    """A run for each seed, text and rule (the literal one on the first text only), and parts that
-    take memory and times.
+    """A run for each seed, text and rule that picks a set of its own (the literal one on the first
+    text only), and parts that take memory and times.
 
     Raises:
         ValueError: the model is no decoder, a text is too short, or a setting makes no sense.
@@ -148,18 +156,39 @@ def parts(settings: Settings) -> list[Part]:
         settings.windows(ids, 0)
     if settings.pretraining_text is not None:
         some_windows(token_ids(decoder, settings.pretraining_text), settings)
+    arms = own_sets(decoder.model)
     runs = [
         Part(f"{arm}-{text}-{seed}", run, (settings, arm, text, seed))
         for seed in range(settings.seeds)
-        for arm, text in TUNED
+        for text in TEXTS
+        for arm in arms
+        if (arm, text) != ("literal", "text2")
     ]
     memories = [
         Part(f"memory-{arm}-{seed}", peak_memory, (settings, arm))
         for seed in range(settings.seeds)
-        for arm in RULES
+        for arm in arms
     ]
-    times = [Part("time", step_times, (settings,)), Part("inference", inference, (settings,))]
+    times = [Part("time", step_times, (settings, arms)), Part("inference", inference, (settings,))]
     return [*runs, *memories, *times]
+
+
+def rule(model: Model, arm: str) -> Rule:
+    """Which parameters train."""
+    rules: dict[str, Rule] = {
+        "full": lambda name: True,
+        "intended": lambda name: not (".attention." in name or name.startswith("embeddings.")),
+        "literal": lambda name: not re.search("attn|embed", model.names.to_hf(name)),
+    }
+    return rules[arm]
+
+
+def own_sets(model: Model) -> list[str]:
+    """The rules, without the literal one where it picks what the intended one picks."""
+    names = [name for name, _ in model.named_parameters()]
+    intended, literal = (rule(model, arm) for arm in ("intended", "literal"))
+    differs = any(intended(name) != literal(name) for name in names)
+    return [arm for arm in RULES if arm != "literal" or differs]
 
 
 def both_texts(decoder: Decoder, settings: Settings) -> dict[str, Tensor]:
@@ -202,7 +231,7 @@ def run(folder: Path, settings: Settings, arm: str, text: str, seed: int) -> Res
     """
     decoder = load_decoder(settings.model)
     model = decoder.model
-    tensors = train_only(model, RULES[arm])
+    tensors = train_only(model, rule(model, arm))
     frozen = fingerprint(model)
     texts = both_texts(decoder, settings)
     windows = {name: some_windows(ids, settings) for name, ids in texts.items()}
@@ -221,6 +250,7 @@ def run(folder: Path, settings: Settings, arm: str, text: str, seed: int) -> Res
     rows = settings.tune(folder, decoder, texts[text], seed)
     counts = peft_lite.report(model)
     return {
+        "weights": decoder.weights,
         "tensors": tensors,
         "trainable": counts.trainable,
         "total": counts.total,
@@ -266,9 +296,9 @@ def peak_memory(folder: Path, settings: Settings, arm: str) -> Result:
     return {"peak": memory.peak() - before, "optimizer": state}
 
 
-def step_times(folder: Path, settings: Settings) -> Result:
+def step_times(folder: Path, settings: Settings, arms: Sequence[str]) -> Result:
     """Seconds of a step under each rule, in turn."""
-    sides = {arm: stepper(load_decoder(settings.model), settings, arm) for arm in RULES}
+    sides = {arm: stepper(load_decoder(settings.model), settings, arm) for arm in arms}
     return {"seconds": in_turn(sides, settings.rounds)}
 
 
@@ -294,7 +324,7 @@ def inference(folder: Path, settings: Settings) -> Result:
 
 def stepper(decoder: Decoder, settings: Settings, arm: str) -> Step:
     """Steps on the first text."""
-    train_only(decoder.model, RULES[arm])
+    train_only(decoder.model, rule(decoder.model, arm))
     return settings.step(decoder, token_ids(decoder, settings.text))
 
 
@@ -309,6 +339,22 @@ class Measured:
 
     settings: Settings
     parts: Mapping[str, Result]
+
+    @property
+    def model(self) -> str:
+        """Its name, with what its weights were rounded to."""
+        return model_name(self.settings.model, weights(self.parts))
+
+    @property
+    def rules(self) -> list[str]:
+        """Those that have runs."""
+        return [arm for arm in RULES if f"{arm}-text-0" in self.parts]
+
+    @property
+    def tuned(self) -> list[tuple[str, str]]:
+        """The models: rule and text tuned on."""
+        pairs = [(arm, text) for text in TEXTS for arm in RULES]
+        return [(arm, text) for arm, text in pairs if f"{arm}-{text}-0" in self.parts]
 
     def runs(self, arm: str, text: str) -> list[Result]:
         """One result a seed."""
@@ -365,7 +411,7 @@ class Measured:
         """Whether no run moved a frozen tensor by a bit, and every one moved all it trains."""
         return all(
             run["frozen_to_the_bit"] and not run["frozen_moved"] and run["trained_moved"] > 0
-            for arm, text in TUNED
+            for arm, text in self.tuned
             for run in self.runs(arm, text)
         )
 
@@ -382,7 +428,7 @@ def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
 
 def report(m: Measured) -> Report:
     """The answer, tables and verdicts."""
-    rules = ("intended", "literal")
+    rules = m.rules[1:]
     numbers = {
         "relative_memory": {arm: m.relative_memory(arm) for arm in rules},
         "relative_time": {arm: m.relative_time(arm) for arm in rules},
@@ -395,7 +441,7 @@ def report(m: Measured) -> Report:
 
 def answer(m: Measured) -> list[str]:
     """Three sentences."""
-    intended, literal = (m.runs(arm, "text")[0] for arm in ("intended", "literal"))
+    intended = m.runs("intended", "text")[0]
     memory = over_seeds([1 - ratio for ratio in m.relative_memory("intended")])
     time = over_seeds([1 - ratio for ratio in m.relative_time("intended")])
     less, own_set = over_seeds(m.less_forgotten()), over_seeds(m.own_set())
@@ -404,11 +450,15 @@ def answer(m: Measured) -> list[str]:
     model = side(own_set, seeds, "A model", "A model", "It is not decided whether a model")
     uses = side(own_set, seeds, "more", "less", "more")
     stayed = "no frozen tensor moved by a bit" if m.frozen_stayed() else "frozen tensors moved"
+    by_name = "by the literal name test as well"
+    if "literal" in m.rules:
+        literal = m.runs("literal", "text")[0]
+        trains = f"{100 * literal['trainable'] / literal['total']:.1f} %"
+        by_name = f"by the literal name test {trains}, for it misses the embeddings"
     return [
         f"With attention and embeddings frozen "
-        f"{100 * intended['trainable'] / intended['total']:.1f} % of the parameters train (by the "
-        f"literal name test {100 * literal['trainable'] / literal['total']:.1f} %, for it misses "
-        f"the embeddings), training takes {percent(memory)} less memory and a step "
+        f"{100 * intended['trainable'] / intended['total']:.1f} % of the parameters train "
+        f"({by_name}), training takes {percent(memory)} less memory and a step "
         f"{percent(time)} less time; {stayed}.",
         f"On {m.settings.pretraining_name} {forgets} forgotten than by full tuning: its loss "
         f"rises by {shown(less)} nats a token more with full tuning, which gained "
@@ -423,8 +473,8 @@ def counts() -> list[Finding]:
     """What the rules pick in GPT-Neo-125M."""
     model, on = gpt_neo_125m(), "GPT-Neo-125M's config"
     train = {}
-    for arm, rule in RULES.items():
-        train_only(model, rule)
+    for arm in RULES:
+        train_only(model, rule(model, arm))
         train[arm] = peft_lite.report(model).trainable
     full, intended, literal = train.values()
     saved = 100 * (1 - intended / full)
@@ -456,8 +506,8 @@ def counts() -> list[Finding]:
 def findings(m: Measured) -> list[Finding]:
     """A verdict on each claim that is measured."""
     settings, seeds, rounds = m.settings, m.settings.seeds, m.settings.rounds
-    on = ran_on(settings.model, [settings.text, settings.text2], seeds)
-    timed = f"{name(settings.model)}, in turn, {enough(rounds, 'round')}"
+    on = ran_on(settings.model, [settings.text, settings.text2], seeds, weights(m.parts))
+    timed = f"{m.model}, in turn, {enough(rounds, 'round')}"
     memory = over_seeds([1 - ratio for ratio in m.relative_memory("intended")])
     time = over_seeds([1 - ratio for ratio in m.relative_time("intended")])
     less, own_set = over_seeds(m.less_forgotten()), over_seeds(m.own_set())
@@ -512,7 +562,7 @@ def findings(m: Measured) -> list[Finding]:
 
 def tables(m: Measured) -> list[Table]:
     """Costs, losses, and the cross measure of popular tokens."""
-    first, names = {arm: m.runs(arm, "text")[0] for arm in RULES}, m.settings.names
+    first, names = {arm: m.runs(arm, "text")[0] for arm in m.rules}, m.settings.names
 
     def moved(arm: str) -> str:
         distance = first[arm]["frozen_moved"]
@@ -521,7 +571,7 @@ def tables(m: Measured) -> list[Table]:
     costs = table(
         "What trains, what it costs, what moved",
         "rule",
-        RULES,
+        m.rules,
         {
             "train": lambda arm: f"{first[arm]['trainable']:,}",
             "share, %": lambda arm: f"{100 * first[arm]['trainable'] / first[arm]['total']:.1f}",
@@ -537,7 +587,7 @@ def tables(m: Measured) -> list[Table]:
         "of the difference to the start, the most of a frozen tensor, the least of a trained one.",
     )
     losses = []
-    for arm, text in TUNED:
+    for arm, text in m.tuned:
         runs, cells = m.runs(arm, text), [f"{arm}, {names[text]}"]
         for on in (*TEXTS, "pretraining"):
             before, after = (fmean(r[when]["loss"][on] for r in runs) for when in WHEN)
@@ -596,7 +646,7 @@ def draw_losses(m: Measured, figures: Figures) -> None:
     caption = "Loss of each batch, before its update, of the first seed."
     with figures.add("losses.png", caption, 10, ncols=2, sharey=True) as panels:
         for axes, text in zip(panels, TEXTS, strict=True):
-            for arm in (arm for arm, tuned_on in TUNED if tuned_on == text):
+            for arm in (arm for arm, tuned_on in m.tuned if tuned_on == text):
                 curve(axes, m.runs(arm, text)[0]["loss"], STYLES[arm], LABELS[arm])
             axes.set(xlabel="batch", title=f"tuned on {m.settings.names[text]}")
         panels[0].set_ylabel("loss (nats a token)")
@@ -631,8 +681,8 @@ def draw_costs(m: Measured, figures: Figures) -> None:
         "Costs against full tuning's, at the line. Memory above what the process held before the "
         "model, mean over seeds; time of steps in turn, mean over rounds; 95 % intervals."
     )
-    trains = {arm: m.runs(arm, "text")[0]["trainable"] for arm in RULES}
-    state = {arm: m.memory("optimizer", arm)[0] for arm in RULES}
+    trains = {arm: m.runs(arm, "text")[0]["trainable"] for arm in m.rules}
+    state = {arm: m.memory("optimizer", arm)[0] for arm in m.rules}
     costs: Bars = {
         "parameters that train": lambda arm: exact(trains[arm] / trains["full"]),
         "optimizer's state": lambda arm: exact(state[arm] / state["full"]),
@@ -640,7 +690,7 @@ def draw_costs(m: Measured, figures: Figures) -> None:
         "time of a step": lambda arm: over_seeds(m.relative_time(arm)),
     }
     with figures.add("costs.png", caption, width=10) as axes:
-        bar_pairs(axes, costs, ("intended", "literal"))
+        bars(axes, costs, m.rules[1:])
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(ylabel="times that of full tuning", ylim=(0, 1.3))
         axes.legend(ncols=2, loc="upper left")
@@ -658,7 +708,7 @@ def draw_forgetting(m: Measured, figures: Figures) -> None:
         m.settings.pretraining_name: lambda arm: over_seeds(m.rises(arm, "pretraining")),
     }
     with figures.add("forgetting.png", caption, width=10) as axes:
-        bar_pairs(axes, rises, ("full", "intended"))
+        bars(axes, rises, ("full", "intended"))
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(ylabel="loss after - before (nats a token)")
         axes.legend()
@@ -668,11 +718,11 @@ def exact(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
-def bar_pairs(axes: Any, groups: Bars, arms: tuple[str, str]) -> None:
-    """Two bars for each group, one of each rule."""
+def bars(axes: Any, groups: Bars, arms: Sequence[str]) -> None:
+    """Bars side by side for each group, one of each rule."""
     for i, height in enumerate(groups.values()):
         for k, arm in enumerate(arms):
-            style = {"color": STYLES[arm]["color"], "hatch": HATCHES[[*RULES].index(arm)]}
+            style = {"color": STYLES[arm]["color"], "hatch": HATCHES[RULES.index(arm)]}
             label = LABELS[arm] if i == 0 else None
-            bar(axes, i + 0.38 * (k - 0.5), height(arm), label=label, **style)
+            bar(axes, i + 0.38 * (k - (len(arms) - 1) / 2), height(arm), label=label, **style)
     axes.set_xticks(range(len(groups)), list(groups))

@@ -14,6 +14,7 @@ import torch
 
 import minigpt
 from minigpt.studies.claims import SEEDS, Finding
+from minigpt.studies.words import weights
 from peft_lite import storage
 
 Name = TypeVar("Name")
@@ -87,6 +88,7 @@ def write(
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     setting = {**content["settings"], **content["machine"]}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=content["title"],
         report=report,
         figures=figures,
         findings=content["findings"],
@@ -104,9 +106,10 @@ def results(
     study: str, settings: Any, report: Report, parts: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The content of `results.json`."""
+    label = weights(parts)
     return {
         "study": study,
-        "title": report.title,
+        "title": f"{report.title} ({label})" if label else report.title,
         "answer": list(report.answer),
         "settings": asdict(settings),
         "machine": machine(),

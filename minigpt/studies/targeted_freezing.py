@@ -5,7 +5,8 @@
     inverse    theta_C <- the same outside T        exactly T is frozen
 
 from one start, theta_A(0) = theta_B(0) = theta_C(0), on the same batches in the same order.  Of
-GPT-Neo-125M's 12 blocks T holds those of blocks 6 to 11, 10,616,832 of 125,198,592 parameters.
+GPT-Neo-125M's 12 blocks T holds those of blocks 6 to 11, 10,616,832 of 125,198,592 parameters.  Any
+decoder of two blocks or more has such a T.
 
     p             share of sampled tokens among the 100 most frequent ones of the text,
                   Delta p = p after - p before
@@ -42,6 +43,7 @@ from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import Finding, above, below, count, decided
 from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import (
+    DECODER,
     Rule,
     Tuning,
     load_decoder,
@@ -74,7 +76,16 @@ from minigpt.studies.paired import (
 )
 from minigpt.studies.report import Report, Table, table
 from minigpt.studies.training import Seconds, in_turn
-from minigpt.studies.words import enough, name, percent, ran_on, shown, side
+from minigpt.studies.words import (
+    enough,
+    model_name,
+    name,
+    percent,
+    ran_on,
+    shown,
+    side,
+    weights,
+)
 from minigpt.training.snapshot import fingerprint
 from minigpt.training.train import Row
 
@@ -98,7 +109,7 @@ NEAR = 0.05  # of what full training gained
 class Settings(Tuning):
     """Of `minigpt study targeted-freezing`."""
 
-    model: str = option('a decoder: a directory, a hub id, or "bundled"', "bundled")
+    model: str = option(DECODER, "bundled")
     text: str = option("the text to learn from, UTF-8, or a bundled tale", CARROLL)
     seeds: int = option("runs of each model; verdicts need five", 2)
     steps: int = with_default(TrainingOptions, "steps", 60)
@@ -119,9 +130,12 @@ def parts(settings: Settings) -> list[Part]:
     """A run for each seed and model, and one part that takes times.
 
     Raises:
-        ValueError: the model is no decoder, the text is too short, or a setting makes no sense.
+        ValueError: the model is no decoder or has no upper half, the text is too short, or a
+            setting makes no sense.
     """
     decoder = settings.checked_decoder()
+    if middle(decoder.model) == 0:
+        raise ValueError(f"{settings.model} has one block: its upper half would be all of it")
     ids = token_ids(decoder, settings.text)
     popular_tokens(ids.tolist(), settings.popular)
     settings.windows(ids, 0)
@@ -139,8 +153,8 @@ def middle(model: Model) -> int:
 
 
 def rule(model: Model, arm: str) -> Rule:
-    """Which parameters train, by the names in the checkpoint."""
-    pattern = re.compile(r"transformer\.h\.(\d+)\.attn\.attention\.[qkv]_proj\.weight")
+    """Which parameters train."""
+    pattern = re.compile(r"blocks\.(\d+)\.attention\.(query|key|value)\.\w+")
 
     def targeted(name: str) -> bool:
         match = pattern.fullmatch(name)
@@ -172,6 +186,7 @@ def run(folder: Path, settings: Settings, arm: str, seed: int) -> Result:
     rows = settings.tune(folder, decoder, ids, seed, [WeightChange(key.weight)])
     counts = peft_lite.report(model)
     return {
+        "weights": decoder.weights,
         "start": start,
         "tensors": tensors,
         "trainable": counts.trainable,
@@ -228,6 +243,7 @@ class Measured:
         norms: mean weight change of the frozen model over that of the full one.
         savings: r of each round.
         run_savings: r of the sums over the runs.
+        weights: what the model's were rounded to, or "".
     """
 
     settings: Settings
@@ -238,6 +254,7 @@ class Measured:
     norms: list[float]
     savings: list[float]
     run_savings: list[float]
+    weights: str
 
     def gap(self, arm: str) -> Estimate:
         """Final loss less the full model's."""
@@ -291,6 +308,7 @@ def measure(settings: Settings, results: Mapping[str, Result]) -> Measured:
         # r = (T_full - T_frozen) / T_full
         savings=[1 - ratio for ratio in ratios(seconds["frozen"], seconds["full"])],
         run_savings=[1 - ratio for ratio in ratios(took["frozen"], took["full"])],
+        weights=weights(results),
     )
 
 
@@ -359,7 +377,7 @@ def counts() -> list[Finding]:
 def findings(m: Measured) -> list[Finding]:
     """A verdict on each claim that is measured."""
     seeds, rounds = m.settings.seeds, len(m.savings)
-    on = ran_on(m.settings.model, [m.settings.text], seeds)
+    on = ran_on(m.settings.model, [m.settings.text], seeds, m.weights)
     gap, fall, norms = m.gap("frozen"), m.gain("frozen"), over_seeds(m.norms)
     saving, distance = over_seeds(m.savings), over_seeds(m.inverse_distance())
     before, fresh = m.range("before"), m.range("fresh")
@@ -389,7 +407,7 @@ def findings(m: Measured) -> list[Finding]:
             "freezing.time",
             percent(saving),
             above(saving, rounds, quoted=0.25),
-            f"{name(m.settings.model)}, in turn, {enough(rounds, 'round')}",
+            f"{model_name(m.settings.model, m.weights)}, in turn, {enough(rounds, 'round')}",
             "an interval over rounds, not seeds; sums over the runs: "
             + percent(over_seeds(m.run_savings)),
         ),

@@ -1,8 +1,9 @@
 """Measured figures in words: values with intervals, percentages, sides of an alternative."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minigpt.metrics.intervals import Estimate
 from minigpt.studies.claims import SEEDS
@@ -45,9 +46,19 @@ def name(source: str) -> str:
     return Path(source).name
 
 
-def ran_on(model: str, texts: Sequence[str], seeds: int) -> str:
+def weights(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the parts of a study say about the model's weights: "Q4_1 weights", or ""."""
+    return next((part["weights"] for part in parts.values() if "weights" in part), "")
+
+
+def model_name(model: str, weights: str = "") -> str:
+    """`smollm2, Q4_1 weights`, or the name alone."""
+    return f"{name(model)}, {weights}" if weights else name(model)
+
+
+def ran_on(model: str, texts: Sequence[str], seeds: int, weights: str = "") -> str:
     """Model, data and number of seeds of a finding."""
-    return ", ".join([name(model), *map(name, texts), enough(seeds, "seed")])
+    return ", ".join([model_name(model, weights), *map(name, texts), enough(seeds, "seed")])
 
 
 def enough(n: int, what: str) -> str:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from minigpt import studies
 from minigpt.studies import report
 from minigpt.studies.figures import Figures
+from minigpt.studies.words import weights
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = sorted((ROOT / "docs" / "studies").glob("*/results.json"))
@@ -30,7 +31,7 @@ def test_report_and_results_follow_from_the_stored_parts(
     study = studies.study(stored["study"])
     settings = study.Settings(**stored["settings"])
     measured = study.measure(settings, stored["parts"])
-    figures = Figures(tmp_path / "figures")
+    figures = Figures(tmp_path / "figures", weights(stored["parts"]))
     study.draw(measured, figures)
     pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
     for figure, picture in zip(figures.drawn, pictures, strict=True):

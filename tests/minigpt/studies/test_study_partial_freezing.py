@@ -15,6 +15,7 @@ import minigpt
 from minigpt.commands.cli import main
 from minigpt.data.text import RandomWindows
 from minigpt.studies import partial_freezing as study
+from minigpt.studies.counts import gpt_neo_125m
 from minigpt.studies.decoders import load_decoder
 from minigpt.training.train import Interrupted
 from tests.minigpt.studies.studies import base, refused
@@ -105,11 +106,13 @@ def test_the_rules_count_what_the_write_up_and_its_code_would_train() -> None:
             attention_types=[[["global", "local"], 6]],
         )
         model = transformers.GPTNeoForCausalLM(config)
-    counted = {
-        arm: sum(p.numel() for name, p in model.named_parameters() if rule(name))
-        for arm, rule in study.RULES.items()
-    }
-    assert counted == {"full": 125_198_592, "intended": 56_707_584, "literal": 96_877_824}
+    frozen = {"full": (), "intended": ("attn", "wte", "wpe"), "literal": ("attn", "embed")}
+    ours = gpt_neo_125m()
+    for arm, words in frozen.items():
+        trained = [n for n, _ in model.named_parameters() if not any(w in n for w in words)]
+        rule = study.rule(ours, arm)
+        picked = [ours.names.to_hf(n) for n, _ in ours.named_parameters() if rule(n)]
+        assert sorted(picked) == sorted(trained)
     measured = {f.claim: f.measured for f in study.counts()}
     assert measured["partial.count"] == "56,707,584 of 125,198,592, 54.7 % fewer"
     assert "96,877,824" in measured["partial.literal"]
