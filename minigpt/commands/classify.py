@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import peft_lite
@@ -82,7 +83,9 @@ class Predict(DeviceOption):
     run: str | None = option("folder of a run of classify train", None)
     model: str | None = option("in its place: a classifier, or the model of --adapter", None)
     adapter: str | None = option("an adapter directory, written here or by HF PEFT", None)
-    data: str | None = option("rows, .jsonl or .csv, perhaps .gz; labels are measured", None)
+    data: str | None = option(
+        "rows as those of train, labelled or not, or bundled-test-reviews", None
+    )
     text: list[str] | None = option("in their place: texts", None)
     out: str | None = option("file of the predictions, .jsonl (default: they are printed)", None)
 
@@ -130,11 +133,11 @@ def train_classifier(settings: Train, out: Path, resume: bool) -> dict[str, obje
     runs.claim(out, NAME, settings, inputs)
 
     counts = report(model)
-    before = evaluate(model, classification_loss, heldout, settings.bf16)
+    before = evaluate(model, classification_loss, heldout)
     with progress_bar(settings.method, settings.steps, settings.tokens_a_step) as observe:
         steps = train(model, classification_loss, batches, config, out, heldout, resume, observe)
-    after = evaluate(model, classification_loss, heldout, settings.bf16)
-    matrix = _confusion(*predict(model, heldout))
+    logits, labels = predict(model, heldout)
+    matrix = _confusion(logits, labels)
     accuracy = share(sum(row[i] for i, row in enumerate(matrix)), len(rest))
 
     result = settings.write(model, handle, tokenizer, out)
@@ -150,7 +153,7 @@ def train_classifier(settings: Train, out: Path, resume: bool) -> dict[str, obje
         "rows_cut": sum(example.cut for example in learned + rest),
         "train_loss": fmean(row["loss"] for row in last),  # of the last tenth of the steps
         "heldout_loss_before": before,
-        "heldout_loss_after": after,
+        "heldout_loss_after": F.cross_entropy(logits, labels).item(),
         "heldout_accuracy": accuracy.value,
         "heldout_accuracy_low": accuracy.low,
         "heldout_accuracy_high": accuracy.high,

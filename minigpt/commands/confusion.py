@@ -7,24 +7,27 @@ from minigpt.metrics.classification import Matrix, f1, macro_f1
 from minigpt.metrics.intervals import share
 from peft_lite import storage
 
-MOST = 25  # classes whose counts can be read in a picture
+MOST = 25  # classes of which all counts are shown
 
 
 def text(matrix: Matrix, names: Sequence[str]) -> str:
-    """Accuracy with its interval, macro F1, and a line for each class: what its rows are taken for,
-    and its F1.
+    """Accuracy with its interval, macro F1, and a line for each class: what its rows are taken for
+    (of many classes, how many are right), and its F1.
     """
     right, rows = sum(row[i] for i, row in enumerate(matrix)), sum(map(sum, matrix))
-    lines = [["label", *names, "F1"]]
-    for name, row, score in zip(names, matrix, f1(matrix), strict=True):
-        lines.append([name, *map(str, row), "" if score is None else f"{score:.3f}"])
+    few = len(names) <= MOST
+    lines = [["label", *(names if few else ("rows", "right")), "F1"]]
+    for i, (name, row, score) in enumerate(zip(names, matrix, f1(matrix), strict=True)):
+        counts = row if few else (sum(row), row[i])
+        lines.append([name, *map(str, counts), "" if score is None else f"{score:.3f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     ]
     accuracy = f"accuracy {share(right, rows)} of {rows:,} rows, macro F1 {macro_f1(matrix):.4g}"
-    return "\n".join([accuracy, "", "a line for each label, a column for each prediction:", *table])
+    about = "a line for each label" + (", a column for each prediction:" if few else ":")
+    return "\n".join([accuracy, "", about, *table])
 
 
 def draw(file: Path, matrix: Matrix, names: Sequence[str]) -> None:

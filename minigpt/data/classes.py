@@ -21,6 +21,8 @@ REVIEWS = {
     "bundled-test-reviews": BUNDLED / "test.jsonl.gz",
 }
 
+MOST = 2048  # classes
+
 
 @dataclass(frozen=True)
 class Row:
@@ -71,13 +73,17 @@ def class_names(rows: Sequence[Row]) -> list[str]:
     """The classes: by value where all are numbers, else by the alphabet.
 
     Raises:
-        ValueError: there is only one.
+        ValueError: there is only one, or more than a confusion matrix can be written of.
     """
     names = sorted({row.label for row in rows})
     if len(names) < 2:
         raise ValueError(
             f"{rows[0].where}: all {len(rows)} rows have the label {names[0]!r}, "
             "want at least two classes"
+        )
+    if len(names) > MOST:
+        raise ValueError(
+            f"{rows[0].where}: the rows have {len(names):,} different labels, want at most {MOST:,}"
         )
     try:
         return sorted(names, key=float)

@@ -145,13 +145,17 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def test_predictions_are_those_of_hugging_face(
-    finished: tuple[str, str, Path], base: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[str, str, Path],
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     encoder, _, out = finished
     capsys.readouterr()
+    caplog.clear()
     assert main(["classify", "predict", "--run", str(out), "--text", *TEXTS]) == 0
     printed, said = capsys.readouterr()
-    assert said == ""
+    assert said == caplog.text == ""
     theirs = of_hugging_face(encoder, out, base)
     expected = probabilities(theirs, base / encoder, TEXTS)
     assert len({max(row) for row in expected}) == len(TEXTS)
@@ -385,6 +389,7 @@ def test_rows_that_cannot_be_learned(
     ("encoder", "more", "reason"),
     [
         ("decoder", [], "decoder: head 'classification': GPTNeo has causal-lm"),
+        ("decoder", ["--data", "rows.txt"], "GPTNeo has causal-lm"),  # before anything is read
         ("nowhere", [], "no such model directory"),
         ("bert", ["--data", "rows.txt"], "must end in one of .jsonl"),
         ("bert", ["--sequence-length", "65"], "there are 64 positions"),

@@ -141,3 +141,12 @@ def test_of_each_class_a_share_is_held_out(share: float, held: tuple[int, ...]) 
 def test_a_class_of_a_single_row_is_named() -> None:
     with pytest.raises(ValueError, match=r"line 3: no other row has the label 'b', want at least"):
         split_rows(rows_of("a", "a", "b"), 0.5, seed=0)
+
+
+def test_more_classes_than_a_matrix_can_have() -> None:
+    labels = [str(i) for i in range(2049)]
+    assert class_names(rows_of(*labels[:-1])) == labels[:-1]
+    with pytest.raises(
+        ValueError, match="the rows have 2,049 different labels, want at most 2,048"
+    ):
+        class_names(rows_of(*labels))
