@@ -26,7 +26,7 @@ from minigpt.checkpoints.directory import load, outline
 from minigpt.checkpoints.source import find
 from minigpt.commands import confusion
 from minigpt.commands.command import Group, Query, Run
-from minigpt.commands.tuning import TuningOptions, costs
+from minigpt.commands.tuning import CLASSIFIER_CONFIG, TuningOptions, costs
 from minigpt.data.classes import (
     Row,
     class_names,
@@ -246,8 +246,8 @@ def _with_adapter(source: Path, adapter: Path, device: torch.device) -> Model:
     peft_lite.load(model, adapter)
     if classes is None:
         _check_trained(model, source)
-    if (adapter / "config.json").exists():  # HF PEFT writes none
-        _, _, raw = read_config(adapter)
+    if (adapter / CLASSIFIER_CONFIG).exists():  # HF PEFT writes none
+        _, _, raw = read_config(adapter / CLASSIFIER_CONFIG)
         names = raw.get("id2label") or {}
         name_labels(model, [names[i] for i in sorted(names, key=int)])
     return model

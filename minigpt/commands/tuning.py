@@ -20,6 +20,9 @@ from minigpt.training import memory
 from minigpt.training.train import Row, checkpoint_activations
 from peft_lite import storage
 
+# beside a config.json transformers would look for a whole model
+CLASSIFIER_CONFIG = "classifier_config.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
@@ -56,7 +59,7 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
     ) -> Path:
         """Writes OUT/model (full, freeze) or OUT/adapter (all others) and returns the folder.
 
-        An adapter of a classifier has a config.json, too, for the names of the classes.
+        Beside the adapter of a classifier lies its config, which has the names of the classes.
         """
         plain = handle is None or self.method == "freeze"
         result = out / ("model" if plain else "adapter")
@@ -67,7 +70,7 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
         else:
             handle.save(written)
             if model.num_labels:
-                storage.write_json(written / "config.json", config_json(model))
+                storage.write_json(written / CLASSIFIER_CONFIG, config_json(model))
         storage.replace_folder(written, result)
         return result
 

@@ -70,7 +70,7 @@ def given_rows(texts: Sequence[str]) -> list[Row]:
 
 
 def class_names(rows: Sequence[Row]) -> list[str]:
-    """The classes: by value where all are numbers, else by the alphabet.
+    """The classes: by value where all are numbers, else by their characters.
 
     Raises:
         ValueError: there is only one, or more than a confusion matrix can be written of.

@@ -127,7 +127,7 @@ def of_hugging_face(encoder: str, out: Path, base: Path) -> Any:
     kind = transformers.AutoModelForSequenceClassification
     if (out / "model").exists():
         return kind.from_pretrained(out / "model").eval()
-    config = transformers.AutoConfig.from_pretrained(out / "adapter")
+    config = transformers.AutoConfig.from_pretrained(out / "adapter" / "classifier_config.json")
     model = kind.from_pretrained(base / encoder, config=config)
     return peft.PeftModel.from_pretrained(model, out / "adapter").eval()
 
@@ -167,8 +167,10 @@ def test_predictions_are_those_of_hugging_face(
 
 def test_the_config_has_the_names_of_the_classes(finished: tuple[str, str, Path]) -> None:
     _, method, out = finished
-    folder = out / ("model" if method in ("full", "freeze") else "adapter")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    plain = method in ("full", "freeze")
+    config = transformers.AutoConfig.from_pretrained(
+        out / ("model" if plain else "adapter/classifier_config.json")
+    )
     assert config.id2label == dict(enumerate(NAMES))
     assert config.label2id == {name: i for i, name in enumerate(NAMES)}
     assert config.num_labels == 3
@@ -300,6 +302,19 @@ def test_predictions_of_a_file_are_written_and_measured(
     again, said = capsys.readouterr()
     assert lines(again) == given
     assert said == ""
+
+
+@pytest.mark.parametrize("finished", ["bert lora", "roberta lora"], indirect=True)
+def test_transformers_opens_an_adapter_by_itself(
+    finished: tuple[str, str, Path], base: Path
+) -> None:
+    encoder, _, out = finished
+    config = transformers.AutoConfig.from_pretrained(out / "adapter" / "classifier_config.json")
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(out / "adapter", config=config).eval()
+    given = probabilities(model, base / encoder, TEXTS)
+    apart = probabilities(of_hugging_face(encoder, out, base), base / encoder, TEXTS)
+    assert given == [pytest.approx(row, abs=1e-6) for row in apart]
 
 
 def test_an_adapter_of_hugging_face_brings_its_classes(
