@@ -246,6 +246,8 @@ def build(
 ) -> Method:
     """A LoRA layer for each layer that the config names; the model itself is not touched."""
     layers = select_modules(model, config.target_modules, (nn.Linear, nn.Embedding))
+    if config.target_modules == "all-linear":
+        layers = saved.beside(model, config.modules_to_save, layers)
     layers = in_layers(layers, config.layers_to_transform)
     for name, layer in layers.items():
         if not name:

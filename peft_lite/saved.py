@@ -21,6 +21,15 @@ def check(modules_to_save: Sequence[str] | None) -> None:
         raise ValueError(f"modules_to_save is {modules_to_save!r}, must be a list of names")
 
 
+def beside(
+    model: nn.Module, modules_to_save: Sequence[str] | None, layers: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The layers that are not, and are not within, a module that trains whole."""
+    whole = select_modules(model, modules_to_save, (nn.Module,)) if modules_to_save else {}
+    tops = tuple(f"{name}." for name in whole)
+    return {n: layer for n, layer in layers.items() if not f"{n}.".startswith(tops)}
+
+
 def add(
     model: nn.Module, modules_to_save: Sequence[str] | None, wrappers: Mapping[str, Wrapper]
 ) -> dict[str, Wrapper]:

@@ -23,12 +23,13 @@ COMMON: dict[str, Any] = {  # fields that are no settings of the model itself
 
 
 def read_config(directory: Path) -> tuple[Architecture, Config, dict[str, Any]]:
-    """Architecture, config and the whole content of a checkpoint's config.json.
+    """Architecture, config and the whole content of a checkpoint's config.json, or of a file that
+    is one under another name.
 
     Raises:
         ValueError: no such file, or one that asks for what is not supported.
     """
-    path = directory if directory.suffix == ".gguf" else directory / "config.json"
+    path = directory if directory.is_file() else directory / "config.json"
     if not path.exists():
         raise ValueError(f"no config.json in {directory}")
     raw = gguf.opened(path).config() if path.suffix == ".gguf" else read_object(path)

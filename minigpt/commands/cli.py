@@ -29,6 +29,7 @@ from minigpt.training.interrupt import terminable
 
 COMMANDS = {
     "finetune": "fine-tune a pretrained decoder on a text",
+    "classify": "train an encoder to classify rows, and label rows with it",
     "generate": "continue a prompt",
     "pretrain": "train a tokenizer and a model from texts",
     "info": "table of parameters for a model and a method",

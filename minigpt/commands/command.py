@@ -1,12 +1,13 @@
-"""The two kinds of commands: one that prints, and one whose run fills a folder and can be resumed.
+"""The kinds of commands: one that prints, one whose run fills a folder and can be resumed, and a
+group of commands.
 
 A command is one file that ends with `COMMAND`, and one line in minigpt/commands/cli.py.
 """
 
 import shlex
 import sys
-from argparse import ArgumentParser
-from collections.abc import Callable
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,10 +45,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Run:
-    """A command that fills a folder: `function(settings, out, resume)` -> the summary."""
+    """A command that fills a folder: `function(settings, out, resume)` -> the summary.  `shown` is
+    the file of the folder that is printed after it.
+    """
 
     settings: type
     function: Callable[[Any, Path, bool], dict[str, object]]
+    shown: str = "sample.txt"
 
     def add_to(self, parser: ArgumentParser) -> None:
         add_options(parser, self.settings)
@@ -74,7 +78,7 @@ class Run:
                 else:
                     runs.check_environment(out, accepted)
                     summary = self.function(settings, out, resume)
-            _print_summary(summary, out)
+            _print_summary(summary, out, out / self.shown)
         except Interrupted as stop:
             again = f"minigpt {name} --resume --out {shlex.quote(str(out))}"
             print(f"minigpt: {stop}; continue with: {again}", file=sys.stderr)
@@ -86,13 +90,38 @@ class Run:
         return 0
 
 
-def _print_summary(summary: dict[str, object], out: Path) -> None:
+@dataclass(frozen=True)
+class Group:
+    """A command of commands, as `minigpt classify train`: name -> what it does, and the command."""
+
+    commands: Mapping[str, tuple[str, Command]]
+
+    def add_to(self, parser: ArgumentParser) -> None:
+        names: Any = parser.add_subparsers(
+            dest="name", required=True, metavar="|".join(self.commands)
+        )
+        for name, (about, command) in self.commands.items():
+            names.add_parser(
+                name,
+                help=about,
+                description=about,
+                argument_default=SUPPRESS,
+                add_options=command.add_to,
+            )
+
+    def execute(self, name: str, given: dict[str, Any]) -> int:
+        part = given.pop("name")
+        _, command = self.commands[part]
+        return command.execute(f"{name} {part}", given)
+
+
+def _print_summary(summary: dict[str, object], out: Path, shown: Path) -> None:
+    """The numbers and words of a summary, a text, and the files there are."""
     for name, value in summary.items():
-        if name != "config":
+        if not isinstance(value, dict):
             print(
                 f"{name:26} {value:,}" if isinstance(value, int | float) else f"{name:26} {value}"
             )
-    sample = out / "sample.txt"
-    if sample.exists():
-        print(sample.read_text(encoding="utf-8"))
+    if shown.exists():
+        print(shown.read_text(encoding="utf-8"))
     print(f"in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

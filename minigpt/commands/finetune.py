@@ -1,46 +1,38 @@
 """`minigpt finetune`: a pretrained decoder, a text, a method -> an adapter, metrics, a sample."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minigpt.checkpoints.companions import copy_companions
-from minigpt.checkpoints.directory import load, save
+from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import find
 from minigpt.commands.command import Run
+from minigpt.commands.tuning import TuningOptions, costs
 from minigpt.data.tales import text_file, text_of
 from minigpt.data.text import RandomWindows, consecutive_windows, split_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
 from minigpt.models.architecture import Decoder
 from minigpt.objectives.causal import language_model_loss
-from minigpt.settings import methods, runs
-from minigpt.settings.device import DeviceOption
+from minigpt.settings import runs
 from minigpt.settings.manifest import model_files
-from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
-from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar, text_bar
-from minigpt.training.train import checkpoint_activations, evaluate, train
+from minigpt.training.train import evaluate, train
 from peft_lite import report, storage
 
 PROMPT, SAMPLE = 24, 120  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(MethodOptions, TrainingOptions, DeviceOption):
+class Finetune(TuningOptions):
     """The command's settings."""
 
     model: str = option('a model directory, a .gguf file, a hub id, "bundled" or "smollm2"')
     text: str = option("the text to learn from, UTF-8, or bundled-carroll or bundled-poe")
-    lr: float | None = option(  # type: ignore[assignment]
-        "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
-        None,
-    )
-    checkpoint_activations: bool = option("less memory, more time", False)
 
 
 def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
@@ -49,8 +41,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     """
     device = settings.find_device()
     before_model = memory.resident()
-    lr = LR[settings.method] if settings.lr is None else settings.lr
-    config = replace(settings, lr=lr)
+    config = settings.with_rate()
     text = text_of(settings.text)
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
@@ -64,14 +55,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     batches = RandomWindows(train_ids, length, size, settings.seed)
     heldout = list(consecutive_windows(heldout_ids, length, size))
     torch.manual_seed(settings.seed)
-    handle = methods.attach(model, settings)
-    if settings.sequence_length > model.max_tokens:
-        raise ValueError(
-            f"--sequence-length is {settings.sequence_length}, there are "
-            f"{model.max_tokens} positions for tokens"
-        )
-    if settings.checkpoint_activations:
-        checkpoint_activations(model.blocks)
+    handle = settings.attach(model)
     inputs = {"text": [text_file(settings.text)], **model_files(directory)}
     runs.claim(out, "finetune", settings, inputs)
 
@@ -85,15 +69,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     after = evaluate(model, language_model_loss, heldout, settings.bf16)
     sample_after = _sample(model, tokenizer, prompt, settings.seed)
 
-    result = "model" if handle is None or settings.method == "freeze" else "adapter"
-    written = out / f"{result}.partial"
-    if result == "adapter" and handle is not None:
-        handle.save(written)
-    else:
-        save(model, written)
-        tokenizer.save(written)
-        copy_companions(directory, written)
-    storage.replace_folder(written, out / result)
+    result = settings.write(model, handle, tokenizer, directory, out)
     storage.write_text(
         out / "sample.txt",
         f"--- before ---\n{sample_before}\n\n--- after ---\n{sample_after}\n",
@@ -104,10 +80,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "total_parameters": counts.total,
         "heldout_loss_before": before,
         "heldout_loss_after": after,
-        "seconds": sum(row["seconds"] for row in rows),
-        "memory_before_model_bytes": before_model,
-        "peak_memory_bytes": memory.peak(),
-        "result_bytes": sum(f.stat().st_size for f in (out / result).glob("*.safetensors")),
+        **costs(rows, before_model, result),
         "config": asdict(config),
     }
     runs.complete(out, summary)

@@ -10,7 +10,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from peft_lite.json_files import parse_object
 Rows = list[tuple[str, int]]
 
 LABELS = ("negative", "positive")
+TEXT, LABEL = ("text", "review"), ("label", "sentiment")  # names of the fields
 VALUES = {
     **{"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1},
     **{"false": 0, "true": 1, "0.0": 0, "1.0": 1},  # as other programs write 0 and 1
@@ -52,18 +53,51 @@ def read_labelled(path: str | Path) -> Rows:
             a label, or all rows have one label.
     """
     path = Path(path)
-    if not path.name.endswith(SUFFIXES):
-        nearest = get_close_matches("".join(path.suffixes[-2:]), SUFFIXES, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"{path}: the name must end in one of {', '.join(SUFFIXES)}; nearest: {nearest}"
-        )
-    fields = _csv if ".csv" in path.suffixes[-2:] else _jsonl
-    rows = [_row(row, f"{path}, line {line}") for line, row in fields(_decode(path), path)]
+    rows = [_row(fields, f"{path}, line {line}") for line, fields in rows_of(path)]
     labels = {label for _, label in rows}
     if len(labels) < 2:
         reason = f"all {len(rows)} rows are {LABELS[labels.pop()]}" if rows else "there is no row"
         raise ValueError(f"{path}: want texts of both labels, {' and '.join(LABELS)}, but {reason}")
     return rows
+
+
+def rows_of(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """The rows of a file, each with the number of its line.
+
+    Raises:
+        ValueError: the suffix is unknown, or the file cannot be read.
+    """
+    if not path.name.endswith(SUFFIXES):
+        nearest = get_close_matches("".join(path.suffixes[-2:]), SUFFIXES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"{path}: the name must end in one of {', '.join(SUFFIXES)}; nearest: {nearest}"
+        )
+    parsed = _csv if ".csv" in path.suffixes[-2:] else _jsonl
+    return parsed(_decode(path), path)
+
+
+def text_of(fields: dict[str, Any], where: str) -> str:
+    """The text of a row.  Raises ValueError where there is none."""
+    return checked_text(field(fields, TEXT, where), where)
+
+
+def checked_text(text: object, where: str) -> str:
+    """Raises ValueError for what is empty, no text or no Unicode."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the text must not be empty, got {text!r:.80}")
+    if broken := re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{where}: {broken[0]!r} in the text is no character")
+    return text
+
+
+def field(fields: dict[str, Any], names: tuple[str, str], where: str) -> Any:
+    """The value of the first of the two fields that the row has."""
+    for name in names:
+        if name in fields:
+            return fields[name]
+    first, other = names
+    found = ", ".join(fields) or "none"
+    raise ValueError(f"{where} has no field {first} (or {other}); found: {found:.200}")
 
 
 def balanced(rows: Rows, n: int, seed: int) -> Rows:
@@ -138,12 +172,7 @@ def _csv(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _row(fields: dict[str, Any], where: str) -> tuple[str, int]:
-    text = _field(fields, "text", "review", where)
-    label = _field(fields, "label", "sentiment", where)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: the text must not be empty, got {text!r:.80}")
-    if broken := re.search("[\0\ud800-\udfff]", text):
-        raise ValueError(f"{where}: {broken[0]!r} in the text is no character")
+    text, label = text_of(fields, where), field(fields, LABEL, where)
     if label is None or str(label).strip() in ("", "-1"):
         raise ValueError(f"{where} has no label: got {label!r}, want one of {', '.join(VALUES)}")
     value = VALUES.get(str(label).strip().lower())
@@ -153,11 +182,3 @@ def _row(fields: dict[str, Any], where: str) -> tuple[str, int]:
             f"{where}: label {label!r:.80} must be one of {', '.join(VALUES)}; nearest: {nearest}"
         )
     return text, value
-
-
-def _field(fields: dict[str, Any], name: str, other: str, where: str) -> Any:
-    for key in (name, other):
-        if key in fields:
-            return fields[key]
-    names = ", ".join(fields) or "none"
-    raise ValueError(f"{where} has no field {name} (or {other}); found: {names:.200}")

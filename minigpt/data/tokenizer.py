@@ -24,6 +24,7 @@ from minigpt.checkpoints.source import named
 from peft_lite.json_files import check_types, printable, read_object, short
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ROBERTA = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")  # of an added token
 MARKS = 2  # [CLS] before a text and [SEP] after it
 SETTINGS: dict[str, Any] = {  # of tokenizer_config.json, where they change the ids
@@ -41,7 +42,7 @@ CUT = re.compile(r"(?<=\S)[ \n]")
 
 
 class Special(NamedTuple):
-    """Ids of BERT's special tokens."""
+    """Ids of the special tokens of BERT and RoBERTa."""
 
     pad: int
     unknown: int
@@ -218,13 +219,17 @@ class Tokenizer:
 
     @property
     def special(self) -> Special:
-        """The ids of BERT's special tokens.  Raises ValueError where the tokenizer lacks one."""
-        ids = {token: self.backend.token_to_id(token) for token in SPECIAL}
-        present = [i for i in ids.values() if i is not None]
-        if len(present) < len(SPECIAL):
-            missing = ", ".join(token for token, i in ids.items() if i is None)
-            raise ValueError(f"the tokenizer lacks {missing}: it is not of BERT's kind")
-        return Special(*present)
+        """The ids of BERT's special tokens, or of RoBERTa's.  Raises ValueError where the tokenizer
+        has neither all of the ones nor all of the others.
+        """
+        for tokens in (SPECIAL, ROBERTA):
+            ids = [i for token in tokens if (i := self.backend.token_to_id(token)) is not None]
+            if len(ids) == len(tokens):
+                return Special(*ids)
+        missing = ", ".join(t for t in SPECIAL if self.backend.token_to_id(t) is None)
+        raise ValueError(
+            f"the tokenizer lacks {missing}: it is neither of BERT's kind nor of RoBERTa's"
+        )
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError unless a model with `vocab_size` rows of embeddings fits."""

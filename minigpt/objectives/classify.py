@@ -12,7 +12,7 @@ Shapes:  B batch   T time
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -23,16 +23,19 @@ from torch import Tensor
 from minigpt.data.text import Batch, moved
 from minigpt.data.tokenizer import MARKS, Tokenizer
 from minigpt.metrics.intervals import Estimate, share
-from minigpt.models.architecture import Model
+from minigpt.models.architecture import Model, config_json
 from minigpt.models.mode import mode
+
+CLASSIFIER = "head.classifier"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row of token ids with its marks, and the number of its class."""
+    """A row of token ids with its marks, the number of its class, and whether its text was cut."""
 
     ids: list[int]
     label: int
+    cut: bool = False
 
 
 def encode(
@@ -53,8 +56,9 @@ def encode(
     for text, label in texts:
         if type(label) is not int or label < 0:
             raise ValueError(f"label {label!r} of {text[:40]!r}, must be 0, 1, 2, ...")
-        ids = tokenizer.encode(text)[: max_length - MARKS]
-        examples.append(Example([special.first, *ids, special.last], label))
+        ids, room = tokenizer.encode(text), max_length - MARKS
+        row = [special.first, *ids[:room], special.last]
+        examples.append(Example(row, label, cut=len(ids) > room))
     return examples
 
 
@@ -96,6 +100,26 @@ def consecutive_examples(examples: Sequence[Example], batch_size: int, pad: int)
     _check(examples, batch_size)
     for start in range(0, len(examples), batch_size):
         yield collate(examples[start : start + batch_size], pad)
+
+
+def new_modules(model: Model) -> list[str]:
+    """Modules that train whole under every method: what the checkpoint lacks, which starts at
+    random, so that nothing could be learned through it, and the classifier, which comes last.
+    """
+    lacking = {name.rpartition(".")[0] for name in model.fresh}
+    return [*sorted(lacking - {CLASSIFIER}), CLASSIFIER]
+
+
+def label_names(model: Model) -> list[str]:
+    """The names of the classes, in their order; LABEL_0 and so on where they have none."""
+    names = config_json(model)["id2label"]
+    return [names[i] for i in sorted(names, key=int)]
+
+
+def name_labels(model: Model, names: Sequence[str]) -> None:
+    """Names the classes; config.json will have them as id2label and label2id."""
+    id2label = {str(i): name for i, name in enumerate(names)}
+    model.config = replace(model.config, id2label=id2label)  # type: ignore[type-var]
 
 
 def classification_loss(model: Model, batch: Batch) -> Tensor:

@@ -4,8 +4,8 @@ The configs of `peft_lite` declare the options at their fields (peft_lite/option
 collected into one dataclass, and a config is made from what a command was given.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, make_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, make_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -81,13 +81,22 @@ else:
     )
 
 
-def attach(model: nn.Module, options: MethodOptions) -> peft_lite.Handle | None:
-    """Puts the method on the model; None for full fine-tuning, where everything trains."""
+def attach(
+    model: nn.Module, options: MethodOptions, whole: Sequence[str] = ()
+) -> peft_lite.Handle | None:
+    """Puts the method on the model; None for full fine-tuning, where everything trains.
+
+    Args:
+        whole: modules that train whole beside it.  Freezing says itself what trains.
+    """
     _check(options)
     if options.method == "full":
         model.requires_grad_(True)
         return None
-    return peft_lite.attach(model, config(options))
+    chosen = config(options)
+    if whole and hasattr(chosen, "modules_to_save"):
+        chosen = replace(chosen, modules_to_save=whole)
+    return peft_lite.attach(model, chosen)
 
 
 def config(options: MethodOptions) -> Any:

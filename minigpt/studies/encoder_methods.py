@@ -6,10 +6,8 @@ stand beside the methods: full tuning, and `classifier`, where these modules tra
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import peft_lite
-from minigpt.checkpoints.source import find, read_tensors
 from minigpt.models.architecture import Model
 from minigpt.settings import methods
 from minigpt.settings.methods import MethodOptions
@@ -36,26 +34,12 @@ LR = {
 }
 
 
-def new_modules(source: str) -> list[str]:
-    """What trains under every method: the classifier, and the pooler if the checkpoint of the model
-    called `source` lacks it.
-    """
-    pooled = any("pooler" in name for name in read_tensors(find(source)))
-    return ["head.classifier"] if pooled else ["pooler", "head.classifier"]
-
-
 def attach(model: Model, method: str, new: Sequence[str]) -> peft_lite.Handle | None:
     """Puts a method with the command's defaults on the model; None for full tuning.
 
     Args:
         new: modules that train whole under each method.
     """
-    if method == FULL:
-        model.requires_grad_(True)
-        return None
     if method == FLOOR:
         return peft_lite.attach(model, peft_lite.FreezeConfig(train=new))
-    config = methods.config(MethodOptions(method=method))
-    if method != "freeze":  # which trains all that it does not freeze, these modules too
-        config = replace(config, modules_to_save=new)
-    return peft_lite.attach(model, config)
+    return methods.attach(model, MethodOptions(method=method), new)

@@ -47,6 +47,7 @@ from minigpt.objectives.classify import (
     ShuffledExamples,
     classification_loss,
     consecutive_examples,
+    new_modules,
     predict,
 )
 from minigpt.settings.options import option, with_default
@@ -54,7 +55,7 @@ from minigpt.settings.training import TrainingOptions
 from minigpt.studies import figures as styles
 from minigpt.studies.claims import Finding, about, above, below, count
 from minigpt.studies.counts import lora_counts
-from minigpt.studies.encoder_methods import FLOOR, FULL, LR, METHODS, attach, new_modules
+from minigpt.studies.encoder_methods import FLOOR, FULL, LR, METHODS, attach
 from minigpt.studies.encoders import (
     EVALUATED,
     Encoder,
@@ -162,7 +163,7 @@ def quality(folder: Path, settings: Settings, method: str, seed: int) -> Result:
     encoder = settings.encoder(seed)
     model = encoder.model
     torch.manual_seed(seed)
-    attach(model, method, new_modules(settings.model))
+    attach(model, method, new_modules(model))
     batches = ShuffledExamples(encoder.train, settings.batch_size, seed, encoder.pad)
     config, title = settings.training(method), f"{method}, seed {seed}"
     tokens = settings.batch_size * settings.sequence_length
@@ -187,7 +188,7 @@ def cost(folder: Path, settings: Settings, method: str) -> Result:
     before = memory.resident()
     encoder = settings.encoder(0)
     model = encoder.model
-    handle = attach(model, method, new_modules(settings.model))
+    handle = attach(model, method, new_modules(model))
     counts = peft_lite.report(model)
     step = first_batch_again(settings, encoder, model)
     for _ in range(2):  # in the second the optimizer's state is there
@@ -211,7 +212,7 @@ def cost(folder: Path, settings: Settings, method: str) -> Result:
 def times(folder: Path, settings: Settings) -> Result:
     """Seconds of a step of each method, in turn on the same batch."""
     encoder = settings.encoder(0)
-    new = new_modules(settings.model)
+    new = new_modules(encoder.model)
     sides = {}
     for method in METHODS:
         model = deepcopy(encoder.model)

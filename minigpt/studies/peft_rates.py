@@ -17,10 +17,11 @@ from minigpt.objectives.classify import (
     ShuffledExamples,
     classification_loss,
     consecutive_examples,
+    new_modules,
     score,
 )
 from minigpt.settings.options import add_options
-from minigpt.studies.encoder_methods import METHODS, attach, new_modules
+from minigpt.studies.encoder_methods import METHODS, attach
 from minigpt.studies.encoders import EVALUATED
 from minigpt.studies.peft_methods import Settings
 from minigpt.training.train import train
@@ -33,7 +34,7 @@ def heldout(settings: Settings, method: str, rate: float, seed: int) -> tuple[fl
     """Loss and accuracy on the last quarter of the training reviews."""
     encoder = settings.encoder(seed)
     torch.manual_seed(seed)
-    attach(encoder.model, method, new_modules(settings.model))
+    attach(encoder.model, method, new_modules(encoder.model))
     cut = len(encoder.train) * 3 // 4
     learned, left = encoder.train[:cut], encoder.train[cut:]
     batches = ShuffledExamples(learned, settings.batch_size, seed, encoder.pad)

@@ -175,3 +175,15 @@ def test_biases_within_a_copy_train_in_the_copy_only() -> None:
         assert len(names) == 2
         assert not bias.requires_grad
         assert model.pooler.bias.requires_grad
+
+
+def test_all_linear_leaves_out_what_trains_whole() -> None:
+    targets = {}
+    for whole in (None, ["classifier"], ["pooler", "classifier"]):
+        model = fresh("bert")
+        config = LoraConfig("all-linear", r=3, modules_to_save=whole)
+        wrappers = peft_lite.attach(model, config).methods["default"].wrappers
+        targets[str(whole)] = {n for n, w in wrappers.items() if hasattr(w, "lora_a")}
+    assert "pooler" in targets["None"]
+    assert targets["None"] == targets["['classifier']"]
+    assert targets["None"] - targets["['pooler', 'classifier']"] == {"pooler"}

@@ -286,6 +286,19 @@ def test_a_tokenizer_without_special_tokens_names_them(vocab_file):
         _ = Tokenizer(backend).special
 
 
+def test_the_special_tokens_of_roberta():
+    words = ["<s>", "<pad>", "</s>", "<unk>", "word", "<mask>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    for lacking in (None, "<pad>"):
+        kept = {word: i for word, i in vocabulary.items() if word != lacking}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(kept, unk_token="<unk>"))
+        if lacking is None:
+            assert Tokenizer(backend).special == Special(1, 3, 0, 2, 5)
+        else:
+            with pytest.raises(ValueError, match="neither of BERT's kind nor of RoBERTa's"):
+                _ = Tokenizer(backend).special
+
+
 def test_word_level_vocabulary_without_a_separator_has_no_end_of_text():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 4}, unk_token="a"))
     tokenizer = Tokenizer(backend)

@@ -19,6 +19,9 @@ from minigpt.objectives.classify import (
     collate,
     consecutive_examples,
     encode,
+    label_names,
+    name_labels,
+    new_modules,
 )
 from minigpt.training.train import evaluate, train
 from tests.conftest import assert_close, assert_same_gradients, hf_bert, sibling
@@ -220,3 +223,28 @@ def test_a_masked_language_model_gets_a_fresh_pooler_and_classifier(
     assert evaluate(again, classification_loss, batches) == pytest.approx(
         evaluate(model, classification_loss, batches)
     )
+
+
+def test_what_is_cut_and_what_is_new(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [("the film was great.", 0), ("the film was", 0)]
+    assert [example.cut for example in encode(texts, tokenizer, 5)] == [True, False]
+    for kind, config, new in (
+        (Bert, BertConfig, ["pooler", "head.classifier"]),
+        (minigpt.Roberta, minigpt.RobertaConfig, ["head.dense", "head.classifier"]),
+    ):
+        small = config(tokenizer.vocab_size, hidden_size=12, num_hidden_layers=1)
+        for head, whole in (("masked-lm", new), ("classification", ["head.classifier"])):
+            minigpt.save(kind(small, head), tmp_path)
+            assert new_modules(minigpt.load(tmp_path, head="classification")) == whole
+
+
+def test_names_of_classes_are_those_of_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = bert(tokenizer)
+    assert label_names(model) == ["LABEL_0", "LABEL_1"]
+    for names in (["no", "yes"], ["tiêu cực", "tích cực"]):
+        name_labels(model, names)
+        minigpt.save(model, tmp_path)
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        assert [config.id2label[i] for i in range(2)] == names
+        assert config.label2id == {name: i for i, name in enumerate(names)}
+        assert label_names(minigpt.load(tmp_path)) == names

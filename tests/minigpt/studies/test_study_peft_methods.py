@@ -13,9 +13,10 @@ import torch
 import minigpt
 from minigpt import studies
 from minigpt.commands.cli import main
+from minigpt.objectives.classify import new_modules
 from minigpt.studies import peft_methods, training
 from minigpt.studies.claims import CLAIMS
-from minigpt.studies.encoder_methods import METHODS, attach, new_modules
+from minigpt.studies.encoder_methods import METHODS, attach
 from minigpt.studies.encoders import read_rows
 from minigpt.studies.peft_methods import Measured, findings, measure, variances
 from minigpt.training.train import Interrupted
@@ -167,8 +168,8 @@ def test_parts_can_be_sent_to_a_process_and_go_seed_by_seed(base: Path) -> None:
 
 
 def test_what_trains_under_every_method(base: Path) -> None:
-    assert new_modules(str(base / "model")) == ["pooler", "head.classifier"]
-    assert new_modules(str(base / "pooled")) == ["head.classifier"]
+    for name, new in (("model", ["pooler", "head.classifier"]), ("pooled", ["head.classifier"])):
+        assert new_modules(minigpt.load(base / name, head="classification")) == new
     for method in METHODS:
         model = minigpt.load(base / "pooled", head="classification")
         attach(model, method, ["head.classifier"])
