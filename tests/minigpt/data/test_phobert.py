@@ -127,7 +127,7 @@ def test_a_long_text_is_cut_at_spaces(ours: Tokenizer) -> None:
     [
         {},
         {"tokenizer_json": EMPTY},  # beside which the two files count
-        {"added_tokens_json": {"<mask>": 12, "<e1>": 13}},
+        {"added_tokens_json": {"<mask>": 12, "<e1>": 13, "<e1>\n": 14}},
         {"special_tokens_map_json": {"mask_token": {"content": "<mask>", "lstrip": True}}},
         {
             "tokenizer_config_json": {
