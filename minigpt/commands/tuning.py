@@ -65,7 +65,8 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
     ) -> Path:
         """Writes OUT/model (full, freeze) or OUT/adapter (all others) and returns the folder.
 
-        Beside a model lies what lay beside `source`, the checkpoint it comes from.  Beside the adapter of a classifier lies its config, which has the names of the classes.
+        Beside a model lies what lay beside `source`, the checkpoint it comes from; beside the
+        adapter of a classifier its config, which has the names of the classes.
         """
         plain = handle is None or self.method == "freeze"
         result = out / ("model" if plain else "adapter")

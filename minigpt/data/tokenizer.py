@@ -1,48 +1,34 @@
 """Text <-> token ids, through the `tokenizers` library and the files beside a checkpoint."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 import torch
-from tokenizers import (
-    AddedToken,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from minigpt.checkpoints import gguf
 from minigpt.checkpoints.source import named
-from peft_lite.json_files import check_types, printable, read_object, short
+from minigpt.data import tokenizer_files
+from minigpt.data.phobert import Phobert
+from minigpt.data.tokenizer_files import BERT, ROBERTA
+from peft_lite.json_files import printable, short
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ROBERTA = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
-FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")  # of an added token
 MARKS = 2  # [CLS] before a text and [SEP] after it
-SETTINGS: dict[str, Any] = {  # of tokenizer_config.json, where they change the ids
-    "do_lower_case": bool,
-    "strip_accents": bool | None,
-    "tokenize_chinese_chars": bool,
-    "add_prefix_space": bool | None,
-    "added_tokens_decoder": dict[str, dict[str, str | bool]] | None,
-}
 UNUSED_ROWS = 1024  # an embedding may be rounded up to this many rows more than it has tokens
 MOST_TOKENS = 2**20  # learned; the largest published vocabularies have some 2^18
 PIECE = 2**17  # characters that the library encodes at a time; each takes some 200 bytes meanwhile
 LONGEST = 2**23  # and at most: more than a novel, 1.6 GB
 CUT = re.compile(r"(?<=\S)[ \n]")
+SPACE = re.compile(r"(?<=\S) ")
 
 
 class Special(NamedTuple):
-    """Ids of the special tokens of BERT and RoBERTa."""
+    """Ids of the special tokens of an encoder."""
 
     pad: int
     unknown: int
@@ -52,8 +38,8 @@ class Special(NamedTuple):
 
 
 class Tokenizer:
-    """A tokenizer of one of three kinds of files: `tokenizer.json`, `vocab.json` and `merges.txt`
-    (byte-level BPE), or `vocab.txt` (WordPiece).
+    """A tokenizer of the library's, from one of the kinds of files that
+    minigpt/data/tokenizer_files.py reads.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -65,9 +51,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads the first of the three kinds of files that the directory holds, and what
-        tokenizer_config.json and added_tokens.json say beside it, as transformers does; or that of
-        a .gguf file.  A name such as "bundled" stands for its directory.
+        """Reads the first of the kinds of files that the directory holds, and what
+        tokenizer_config.json and older files say beside it, as transformers does; or that of a
+        .gguf file.  A name such as "bundled" stands for its directory.
 
         Raises:
             ValueError: there is none, it cannot be read, its vocabulary is empty, or an added
@@ -77,19 +63,15 @@ class Tokenizer:
         if folder.suffix == ".gguf":
             return cls(gguf.opened(folder).tokenizer())
         try:
-            backend = _read(folder)
+            backend = tokenizer_files.read(folder)
             if backend is not None:
-                settings = _optional(folder / "tokenizer_config.json")
-                check_types(settings, SETTINGS, "tokenizer_config.json: ")
-                _apply(settings, backend)
-                _add_tokens(settings, _optional(folder / "added_tokens.json"), backend)
-                return cls(backend)
+                return PhobertTokenizer(backend) if isinstance(backend, Phobert) else cls(backend)
         except Exception as error:  # the library raises bare Exception for a broken file
             reason = printable(str(error))
             raise ValueError(f"cannot read the tokenizer in {folder}: {reason}") from None
         raise ValueError(
             f"no tokenizer in {folder}: want tokenizer.json, vocab.json and merges.txt, "
-            "or vocab.txt"
+            "vocab.txt, or vocab.txt and bpe.codes"
         )
 
     @classmethod
@@ -132,10 +114,13 @@ class Tokenizer:
         # the library numbers the inner pieces of one character anew in every run, unless given here
         inner = sorted(f"##{c}" for c in characters if not c.isspace())
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=[*SPECIAL, *inner], show_progress=False
+            vocab_size=vocab_size, special_tokens=[*BERT, *inner], show_progress=False
         )
         learner.train_from_iterator(texts, trainer)
-        return cls(_bert(models.WordPiece(learner.get_vocab(), unk_token="[UNK]")))
+        model = models.WordPiece(learner.get_vocab(), unk_token="[UNK]")
+        backend = tokenizer_files.word_pieces(model)
+        backend.add_special_tokens([*BERT])
+        return cls(backend)
 
     def save(self, directory: str | Path) -> None:
         self.backend.save(str(Path(directory) / "tokenizer.json"))
@@ -172,7 +157,7 @@ class Tokenizer:
         Raises:
             ValueError: a piece would have more than `LONGEST` characters.
         """
-        return _pieces(text, size, self._splits_words())
+        return _pieces(text, size, self._cut())
 
     def _encode(self, text: str) -> list[int]:
         try:  # "fast": without the place of each token in the text
@@ -180,8 +165,8 @@ class Tokenizer:
         except Exception as error:  # the library's own kinds
             raise ValueError(f"cannot encode {short(text)}: {printable(str(error))}") from None
 
-    def _splits_words(self) -> bool:
-        """Whether tokens end where `CUT` matches."""
+    def _cut(self) -> re.Pattern[str] | None:
+        """Where tokens end in every text."""
         words, normalizer = self.backend.pre_tokenizer, self.backend.normalizer
         steps: list[Any] = [words]
         if isinstance(words, pre_tokenizers.Sequence):
@@ -193,8 +178,12 @@ class Tokenizer:
         else:
             plain = isinstance(words, pre_tokenizers.BertPreTokenizer) and not before
             plain = plain and isinstance(normalizer, normalizers.BertNormalizer | None)
+        return CUT if plain and not self._joins_words() else None
+
+    def _joins_words(self) -> bool:
+        """Whether a token may hold white space, or take that after it."""
         added = self.backend.get_added_tokens_decoder().values()
-        return plain and not any(t.rstrip or re.search(r"\s", t.content) for t in added)
+        return any(token.rstrip or re.search(r"\s", token.content) for token in added)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -214,21 +203,26 @@ class Tokenizer:
     @property
     def end_of_text(self) -> int | None:
         """The id that separates texts, if the vocabulary has one."""
-        ids = (self.backend.token_to_id(token) for token in ("<|endoftext|>", "</s>", "[SEP]"))
-        return next((i for i in ids if i is not None), None)
+        added = self.backend.get_added_tokens_decoder().items()
+        ids = {token.content: i for i, token in added}  # RoBERTa's <|endoftext|> is an odd word
+        return next((ids[t] for t in ("<|endoftext|>", "</s>", "[SEP]") if t in ids), None)
 
     @property
     def special(self) -> Special:
-        """The ids of BERT's special tokens, or of RoBERTa's.  Raises ValueError where the tokenizer
-        has neither all of the ones nor all of the others.
+        """The ids of BERT's special tokens, or of RoBERTa's.
+
+        Raises:
+            ValueError: the tokenizer lacks one of either kind.
         """
-        for tokens in (SPECIAL, ROBERTA):
-            ids = [i for token in tokens if (i := self.backend.token_to_id(token)) is not None]
-            if len(ids) == len(tokens):
-                return Special(*ids)
-        missing = ", ".join(t for t in SPECIAL if self.backend.token_to_id(t) is None)
+        kinds = [{t: self.backend.token_to_id(t) for t in kind} for kind in (BERT, ROBERTA)]
+        present = [[i for i in ids.values() if i is not None] for ids in kinds]
+        best = max(present, key=len)
+        if len(best) == len(BERT):
+            return Special(*best)
+        ids = kinds[present.index(best)]
+        missing = ", ".join(token for token, i in ids.items() if i is None)
         raise ValueError(
-            f"the tokenizer lacks {missing}: it is neither of BERT's kind nor of RoBERTa's"
+            f"the tokenizer lacks {missing}: it is of neither BERT's nor RoBERTa's kind"
         )
 
     def check(self, vocab_size: int) -> None:
@@ -240,52 +234,26 @@ class Tokenizer:
             )
 
 
-def _read(folder: Path) -> tokenizers.Tokenizer | None:
-    """From the first kind of files that is there."""
-    if (folder / "tokenizer.json").exists():
-        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _byte_level_bpe(folder)
-    if (folder / "vocab.txt").exists():
-        return _bert(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
-    return None
+class PhobertTokenizer(Tokenizer):
+    """PhoBERT's, which is ours (minigpt/data/phobert.py) and not the library's."""
 
+    backend: Phobert  # type: ignore[assignment]
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}
+    def __init__(self, backend: Phobert) -> None:
+        self.backend = backend
 
+    def save(self, directory: str | Path) -> None:
+        self.backend.save(Path(directory))
 
-def _apply(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
-    """What tokenizer_config.json sets takes the place of what the tokenizer's own file says."""
-    normalizer, splitter = backend.normalizer, backend.pre_tokenizer
-    if isinstance(normalizer, normalizers.BertNormalizer):
-        normalizer.lowercase = settings.get("do_lower_case", normalizer.lowercase)
-        normalizer.strip_accents = settings.get("strip_accents", normalizer.strip_accents)
-        chinese = settings.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
-        normalizer.handle_chinese_chars = chinese
-    if isinstance(splitter, pre_tokenizers.ByteLevel):
-        space = settings.get("add_prefix_space")
-        splitter.add_prefix_space = splitter.add_prefix_space if space is None else space
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode(ids)
 
+    def _encode(self, text: str) -> list[int]:
+        return self.backend.encode(text)
 
-def _add_tokens(
-    settings: Mapping[str, Any], ids: Mapping[str, Any], backend: tokenizers.Tokenizer
-) -> None:
-    """The tokens that were added to a vocabulary: of tokenizer_config.json, then of
-    added_tokens.json, each under the id that the file gives it.
-    """
-    check_types({"added_tokens.json": ids}, {"added_tokens.json": dict[str, int]})
-    described = settings.get("added_tokens_decoder") or {}
-    tokens = [
-        (int(number), AddedToken(fields["content"], **{n: fields[n] for n in FLAGS if n in fields}))
-        for number, fields in described.items()
-    ]
-    known = {token.content for _, token in tokens}
-    tokens += [(i, AddedToken(token)) for token, i in ids.items() if token not in known]
-    for number, token in sorted(tokens, key=lambda pair: pair[0]):
-        backend.add_tokens([token])
-        if (given := backend.token_to_id(token.content)) != number:
-            raise ValueError(f"token {short(token.content)} has id {number}, would get {given}")
+    def _cut(self) -> re.Pattern[str] | None:
+        """A line end belongs to the word before it, a space to none."""
+        return None if self._joins_words() else SPACE
 
 
 def _check_size(vocab_size: int) -> None:
@@ -297,10 +265,10 @@ def _check_size(vocab_size: int) -> None:
 def _all_pieces(texts: Iterable[str]) -> Iterator[str]:
     """What a trainer reads: it counts words, and they end where texts are cut."""
     for text in texts:
-        yield from _pieces(text, PIECE, True)
+        yield from _pieces(text, PIECE, CUT)
 
 
-def _pieces(text: str, size: int, splits_words: bool) -> Iterator[str]:
+def _pieces(text: str, size: int, cut: re.Pattern[str] | None) -> Iterator[str]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -310,7 +278,7 @@ def _pieces(text: str, size: int, splits_words: bool) -> Iterator[str]:
         ) from None
     start = 0
     while start < len(text):
-        place = CUT.search(text, start + size) if splits_words else None
+        place = cut.search(text, start + size) if cut else None
         end = place.start() if place else len(text)
         if end - start > LONGEST:
             raise ValueError(
@@ -319,29 +287,3 @@ def _pieces(text: str, size: int, splits_words: bool) -> Iterator[str]:
             )
         yield text[start:end]
         start = end
-
-
-def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(
-        models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if backend.token_to_id("<|endoftext|>") is not None:
-        backend.add_special_tokens(["<|endoftext|>"])
-    return backend
-
-
-def _bert(model: models.WordPiece) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    special = {token: backend.token_to_id(token) for token in SPECIAL}
-    if special["[UNK]"] is None:
-        raise ValueError("the vocabulary lacks [UNK], the token of unknown words")
-    backend.add_special_tokens([t for t, i in special.items() if i is not None])
-    first, last = special["[CLS]"], special["[SEP]"]
-    if first is not None and last is not None:
-        backend.post_processor = processors.BertProcessing(("[SEP]", last), ("[CLS]", first))
-    return backend

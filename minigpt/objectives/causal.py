@@ -10,14 +10,19 @@ Shapes:  B batch   T time
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minigpt.data.text import Batch, RandomWindows, consecutive_windows
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.generation import generate
+from minigpt.models.architecture import Decoder
 from minigpt.models.gpt_neo import GPTNeo, GPTNeoConfig
 from minigpt.objectives.cross_entropy import chunked_cross_entropy
 from minigpt.objectives.objective import Objective
 from minigpt.settings.sizes import WINDOW, SizeOptions
+
+SAMPLE = 120  # tokens
 
 
 class LanguageModel(Protocol):
@@ -56,12 +61,22 @@ def new_decoder(size: SizeOptions, tokenizer: Tokenizer, positions: int) -> GPTN
     )
 
 
+def continued(model: Decoder, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
+    """The beginning of a text (1, T), continued by the model."""
+    new = min(SAMPLE, model.max_tokens - prompt.size(1))
+    random = torch.Generator(prompt.device).manual_seed(seed)
+    ids = generate(model, prompt, new, temperature=0.8, top_k=50, generator=random)
+    return tokenizer.decode(ids[0].tolist())
+
+
 CLM = Objective(
     about="a GPT-Neo that predicts the next token",
+    head="causal-lm",
     learn_tokenizer=Tokenizer.train,
     new_model=new_decoder,
     batches=lambda w: RandomWindows(w.tokens, w.length, w.batch_size, w.seed),
     heldout=lambda w: consecutive_windows(w.tokens, w.length, w.batch_size),
     loss=language_model_loss,
+    sample=continued,
     predicts_every_token=True,
 )

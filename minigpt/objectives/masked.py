@@ -6,8 +6,8 @@ them:
     a chosen token reads   [MASK] in 80 %,   any ordinary token in 10 %,   itself in 10 % of cases
     loss = - 1/k sum_(t chosen) log p(token_t | the row as it reads)
 
-A row is a window of a text between [CLS] and [SEP].  Special tokens are neither chosen nor drawn as
-a replacement.  A batch is a function of the seed and its number alone.
+A row is a window of a text between [CLS] and [SEP], or <s> and </s> of RoBERTa.  Special tokens are
+neither chosen nor drawn as a replacement.  A batch is a function of the seed and its number alone.
 
 Nine of ten batches hold rows of a quarter of the length, four times as many: at first, attention
 over long rows costs more than it teaches.  (The paper has the long rows in the last tenth of the
@@ -27,8 +27,10 @@ from torch import Tensor
 
 from minigpt.data.text import IGNORED, Batch, RandomWindows
 from minigpt.data.tokenizer import MARKS, Special, Tokenizer
+from minigpt.models.architecture import Model
 from minigpt.models.attention import Attention
 from minigpt.models.bert import Bert, BertConfig
+from minigpt.models.mode import mode
 from minigpt.objectives.causal import LanguageModel
 from minigpt.objectives.cross_entropy import chunked_cross_entropy
 from minigpt.objectives.objective import Objective, Windows
@@ -175,12 +177,27 @@ def heldout_windows(w: Windows) -> Iterator[Batch]:
     return fixed_masked_windows(w.tokens, w.length, w.batch_size, masking)
 
 
+@torch.no_grad()
+def filled(model: Model, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> str:
+    """The beginning of a text (1, T) with some tokens masked, and as the model fills them in."""
+    masking = Masking(tokenizer.special, tokenizer.vocab_size)
+    batch = masking(prompt.long().cpu(), np.random.default_rng(seed))
+    chosen = batch["labels"] != IGNORED
+    read = batch["input_ids"].masked_fill(chosen, tokenizer.special.mask).to(prompt.device)
+    with mode(model, training=False):
+        likely = model(read).argmax(-1)
+    filled_in = read.where(~chosen.to(read.device), likely)
+    return "\n".join(tokenizer.decode(ids[0, 1:-1].tolist()) for ids in (read, filled_in))
+
+
 MLM = Objective(
     about="a Bert that predicts masked tokens",
+    head="masked-lm",
     learn_tokenizer=Tokenizer.train_word_piece,
     new_model=new_encoder,
     batches=masked_windows,
     heldout=heldout_windows,
     loss=masked_language_model_loss,
+    sample=filled,
     predicts_every_token=False,
 )

@@ -1,4 +1,4 @@
-"""What an objective of pretraining consists of: a tokenizer, a model, batches and their loss.
+"""What an objective of learning from texts consists of: a tokenizer, a model, batches, their loss.
 
 A new objective is one file that ends with its `Objective`, and one line in
 minigpt/objectives/registry.py.
@@ -33,18 +33,22 @@ class Objective:
 
     Attributes:
         about: one line for `--help`.
+        head: of the models that learn it.
         learn_tokenizer: texts and the size of the vocabulary -> a tokenizer.
         new_model: size, tokenizer and number of positions -> a model with fresh weights.
         batches: the training text -> a pure function of the batch's number.
         heldout: the held-out text -> batches that are the same for every seed.
         loss: model and batch -> mean loss in nats over the labels.
+        sample: model, tokenizer, beginning of a text (1, T) and seed -> what the model makes of it.
         predicts_every_token: whether the loss is a code length of the text.
     """
 
     about: str
+    head: str
     learn_tokenizer: Callable[[Iterable[str], int], Tokenizer]
     new_model: Callable[[SizeOptions, Tokenizer, int], Model]
     batches: Callable[[Windows], Callable[[int], Batch]]
     heldout: Callable[[Windows], Iterable[Batch]]
     loss: Callable[[Any, Batch], Tensor]
+    sample: Callable[[Any, Tokenizer, Tensor, int], str]
     predicts_every_token: bool

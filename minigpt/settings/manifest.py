@@ -10,7 +10,7 @@ import torch
 
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt", "vocab.txt"),
+    *("vocab.json", "merges.txt", "vocab.txt", "bpe.codes"),
 )
 Files = Mapping[str, Mapping[str, str]]  # what it is -> path -> SHA-256
 

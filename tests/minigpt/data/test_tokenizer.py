@@ -1,4 +1,4 @@
-"""The three kinds of tokenizer files against the libraries' own reading of them, on real texts."""
+"""The kinds of tokenizer files against the libraries' own reading of them, on real texts."""
 
 import json
 
@@ -59,6 +59,14 @@ def vocab_file(bert, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def roberta_files(tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        content = real_data("tokenizers", "roberta_base", name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
 def oracle(folder) -> transformers.PreTrainedTokenizerFast:
     """Transformers' reading, which neither cuts nor fills unless asked to."""
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -94,6 +102,31 @@ def test_tokenizer_json_of_bert_neither_cuts_nor_fills(bert, texts):
     assert ours.encode("Hello world") == [7592, 2088]
     assert len(ours.encode("hello " * 1000)) == 1000
     assert_same_ids(ours, bert, texts)
+
+
+@pytest.mark.parametrize(
+    ("folder", "marks"), [("tinyllama", 1), ("mistral_v1", None)], ids=lambda value: str(value)
+)
+def test_byte_fallback(texts, folder, marks):
+    """BPE that SentencePiece learned: an unknown character is its bytes."""
+    source = real_data("tokenizers", folder)
+    ours, theirs = Tokenizer.load(source), oracle(source)
+    odd = [f"{a}{b}{a}" for a in ODD for b in ("<s>", "<0x0A>", "▁", "\u0301", "🤖 ", "</s>\n")]
+    for text in [*texts, *odd]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids, text[:60]
+        assert ours.decode(ids) == theirs.decode(ids), text[:60]
+    assert ours.encode("\ue000")[-1] == ours.backend.token_to_id("<0x80>")
+    golden = real_data("tokenizers", "golden")
+    french = json.loads((golden / "llama_encoded.json").read_text(encoding="utf-8"))
+    assert ours.decode(ours.encode(french["text"])) == french["text"]
+    if marks is not None:  # the vocabulary is Llama 2's
+        assert ours.encode(french["text"]) == french["token_ids"][marks:]
+        cases = json.loads((golden / "tokenizer_tests.json").read_text(encoding="utf-8"))
+        for case in cases["coreml-projects/Llama-2-7b-chat-coreml"]:
+            ids = case["encoded"]["input_ids"]
+            assert ours.encode(case["input"]) == ids[marks:], case["input"]
+            assert ours.decode(ids) == case["decoded_with_special"]
 
 
 def test_vocab_txt_equals_tokenizer_json(bert, vocab_file, texts):
@@ -137,7 +170,22 @@ def described(token: str, **flags: bool) -> dict[str, object]:
     return {"content": token, **plain, **flags}
 
 
-BESIDE = {  # kind of model -> what tokenizer_config.json and added_tokens.json say
+KINDS = {  # kind of model -> its real tokenizer, and a fixture of its older files
+    "bert": ("bert_base_uncased", "vocab_file"),
+    "gpt_neo": ("gpt_neo_125m", "bpe_files"),
+    "roberta": ("roberta_base", "roberta_files"),
+    "llama": ("tinyllama", None),
+}
+MASK = {"content": "<mask>", "lstrip": True, "rstrip": False, "normalized": False}
+TAKING = {
+    "__type": "AddedToken",
+    "content": "<y>",
+    "lstrip": True,
+    "rstrip": True,
+    "normalized": False,
+}
+BESIDE = {  # kind of model -> what tokenizer_config.json, added_tokens.json and perhaps
+    # special_tokens_map.json say
     "bert": [
         ({"do_lower_case": False}, {}),
         ({"do_lower_case": True, "strip_accents": False}, {}),
@@ -148,35 +196,68 @@ BESIDE = {  # kind of model -> what tokenizer_config.json and added_tokens.json 
         ({"added_tokens_decoder": {"30522": described("[NEW]", special=True)}}, {}),
         ({"added_tokens_decoder": {"103": described("[MASK]", lstrip=True, normalized=True)}}, {}),
         ({"added_tokens_decoder": {"30522": described("[NEW]", lstrip=True)}}, {"[NEW]": 30522}),
+        ({"pad_token": "<|new|>", "mask_token": "[NEW]"}, {}),
+        ({}, {"[NEW]": 30523, "TOK": 30522}, {"pad_token": "[NEW]"}),
     ],
     "gpt_neo": [
         ({"add_prefix_space": True}, {}),
         ({"add_prefix_space": False}, {"TOK": 50258, "<|new|>": 50257}),
         ({"added_tokens_decoder": {"50257": described("<|new|>", rstrip=True)}}, {}),
+        ({"pad_token": "[PAD]", "additional_special_tokens": ["<|new|>", "Hello"]}, {}),
+        ({}, {}, {"pad_token": "[PAD]", "additional_special_tokens": ["TOK", TAKING]}),
+    ],
+    "roberta": [
+        ({}, {}),
+        ({}, {"TOK": 50265, "[NEW]": 50266}, {"mask_token": MASK, "pad_token": "[NEW]"}),
+        ({"mask_token": {"__type": "AddedToken", **MASK}}, {}),
+        ({"pad_token": "[PAD]", "mask_token": None}, {}),
+        ({"extra_special_tokens": ["TOK"], "additional_special_tokens": ["[NEW]"]}, {}),
+        ({"extra_special_tokens": {"first": "TOK"}, "image_token": "[PAD]"}, {}),
+        ({"bos_token": "hi", "pad_token": "<|endoftext|>"}, {}),
+        (
+            {
+                "added_tokens_decoder": {
+                    "50265": described("TOK", special=True),
+                    "50264": described("<mask>", lstrip=True, special=True),
+                }
+            },
+            {},
+            {"pad_token": "[PAD]"},  # not read, as those are described
+        ),
+    ],
+    "llama": [
+        ({"pad_token": "[PAD]"}, {}),
+        ({}, {"TOK": 32000}, {"pad_token": "[PAD]", "additional_special_tokens": [TAKING]}),
     ],
 }
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "its older files"])
 @pytest.mark.parametrize(
-    ("kind", "settings", "added"),
-    [(kind, *case) for kind, table in BESIDE.items() for case in table],
+    ("kind", "case", "older"),
+    [
+        (kind, case, older)
+        for kind, table in BESIDE.items()
+        for case in table
+        for older in dict.fromkeys((None, KINDS[kind][1]))
+    ],
     ids=str,
 )
-def test_what_lies_beside_a_tokenizer_counts(request, tmp_path, kind, settings, added, whole):
+def test_what_lies_beside_a_tokenizer_counts(request, tmp_path, kind, case, older):
     """Against transformers' reading of the same folder."""
     folder = tmp_path
-    if whole:
-        source = request.getfixturevalue("bert" if kind == "bert" else "gpt2")
-        (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    if older is None:
+        content = real_data("tokenizers", KINDS[kind][0], "tokenizer.json").read_bytes()
+        (folder / "tokenizer.json").write_bytes(content)
     else:
-        request.getfixturevalue("vocab_file" if kind == "bert" else "bpe_files")
+        request.getfixturevalue(older)
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "added_tokens.json").write_text(json.dumps(added))
+    names = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+    for name, content in zip(names, case, strict=False):
+        (folder / name).write_text(json.dumps(content))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = Tokenizer.load(folder)
-    text = "Hello [NEW] [new] Café MYTOK mytok newtokx hi[MASK] x <|new|> TOK 日本"
+    text = "Hello [NEW] [new] Café MYTOK mytok newtokx hi[MASK] x <|new|> TOK 日本 [PAD] <y> Hello"
+    text += " <mask> <mask>hi <s></s><pad>\n<unk> <|endoftext|>"
     expected = theirs(text, add_special_tokens=False)["input_ids"]
     assert ours.encode(text) == expected
     assert ours.vocab_size == len(theirs)
@@ -282,8 +363,18 @@ def test_a_tokenizer_without_special_tokens_names_them(vocab_file):
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[SEP]": 2}, unk_token="[UNK]")
     )
-    with pytest.raises(ValueError, match=r"lacks \[CLS\], \[MASK\]: "):
+    with pytest.raises(ValueError, match=r"lacks \[CLS\], \[MASK\]: it is of neither BERT's nor R"):
         _ = Tokenizer(backend).special
+    backend.add_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    with pytest.raises(ValueError, match=r"lacks <mask>: "):
+        _ = Tokenizer(backend).special
+
+
+def test_special_tokens_of_roberta(roberta_files):
+    tokenizer = Tokenizer.load(roberta_files)
+    assert tokenizer.special == Special(pad=1, unknown=3, first=0, last=2, mask=50264)
+    assert tokenizer.end_of_text == 2  # <|endoftext|> is an odd word of this vocabulary
+    assert tokenizer.encode("<|endoftext|>") != [50260]
 
 
 def test_the_special_tokens_of_roberta():
@@ -295,7 +386,7 @@ def test_the_special_tokens_of_roberta():
         if lacking is None:
             assert Tokenizer(backend).special == Special(1, 3, 0, 2, 5)
         else:
-            with pytest.raises(ValueError, match="neither of BERT's kind nor of RoBERTa's"):
+            with pytest.raises(ValueError, match="of neither BERT's nor RoBERTa's kind"):
                 _ = Tokenizer(backend).special
 
 
@@ -321,7 +412,10 @@ def test_mismatch_names_both_sizes(gpt2, rows):
 
 
 def test_no_files_is_an_error_that_lists_the_kinds(tmp_path):
-    kinds = r"no tokenizer in .*tokenizer\.json, vocab\.json and merges\.txt, or vocab\.txt"
+    kinds = (
+        r"tokenizer\.json, vocab\.json and merges\.txt, vocab\.txt, or vocab\.txt and bpe\.codes"
+    )
+    kinds = f"no tokenizer in .*: want {kinds}$"
     with pytest.raises(ValueError, match=kinds):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text("{}")  # without merges.txt
