@@ -53,7 +53,7 @@ class LoraConfig:
 
     Attributes:
         target_modules: linear and embedding layers; the ends of their names, a regular expression
-            for the whole name, or "all-linear".
+            for the whole name, or "all-linear": all but the head and what trains whole.
         r, lora_alpha: rank R and the numerator of s.
         lora_dropout: probability of dropping an input of A while training (not of an embedding).
         use_rslora: s = alpha / sqrt(R).
