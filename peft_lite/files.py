@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lite import fields, storage
+from peft_lite import fields, joined, storage
 from peft_lite.json_files import check_types, read_object
 from peft_lite.method import InPlace, Method
 from peft_lite.methods import METHODS, method_of
@@ -65,6 +65,8 @@ def read(model: nn.Module, directory: Path) -> tuple[Any, dict[str, Tensor]]:
     raw = read_object(path, MAX_CONFIG)
     file = safe if safe.exists() or not old.exists() else old
     shapes = _without_copies(read_outline(file))
+    with _naming(file):
+        shapes = joined.split_tensors(model, shapes)
     with _naming(path):
         kind = raw.get("peft_type")
         known = dict.fromkeys(name for method in METHODS for name in method.peft_types)
@@ -73,6 +75,7 @@ def read(model: nn.Module, directory: Path) -> tuple[Any, dict[str, Tensor]]:
                 f"peft_type {kind!r} is not supported, must be one of {', '.join(known)}"
             )
         check_types(raw, {"modules_to_save": list[str] | None, "use_dora": bool | None})
+        raw = joined.split_config(model, raw)
         check_expressions(model, fields.expressions(raw))
         listed = _modules_to_save(model, raw.get("modules_to_save") or [], shapes)
         config = _read_config({**raw, "modules_to_save": listed or None})
@@ -80,7 +83,7 @@ def read(model: nn.Module, directory: Path) -> tuple[Any, dict[str, Tensor]]:
         _check_shape(model, method, raw)
     with _naming(file):
         match(model, method, shapes)
-        tensors = _without_copies(read_named_tensors(file))
+        tensors = joined.split_tensors(model, _without_copies(read_named_tensors(file)))
         _check_values(*match(model, method, tensors), tensors)
     return config, tensors
 
@@ -165,7 +168,8 @@ def trained_tensors(model: nn.Module, method: Method) -> dict[str, Tensor]:
     for name, wrapper in method.wrappers.items():
         for end, tensor in wrapper.tensors().items():
             full = end if wrapper.whole_model else begin + hf_name(model, f"{name}.{end}")
-            tensors[full] = tensor
+            turned = isinstance(wrapper, Copied) and joined.is_turned(model, full, tensor)
+            tensors[full] = tensor.T if turned else tensor
     for name, weight in _once(method):
         tensors[begin + _weight_name(model, method, name)] = weight.tuned(method.active)
     return tensors

@@ -311,6 +311,9 @@ def dense_shape(layer: nn.Module) -> tuple[int, int]:
 # ways to start A and B that leave W as it was, so that W + s B A is right however they started
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 HARMLESS = {"ensure_weight_tying", "eva_config", "megatron_core", "qalora_group_size"}
+HARMLESS |= {
+    "fan_in_fan_out"
+}  # how the base holds its weight; PEFT itself goes by the layer's class
 
 
 def to_json(model: nn.Module, method: Method) -> dict[str, Any]:

@@ -9,7 +9,7 @@ query, scores are divided by sqrt(N), and query, key and value have a bias:
 Its checkpoints hold query, key and value as one matrix `c_attn`, and every matrix as (in, out).
 They are split and transposed when they are read, so that every layer here is a plain nn.Linear, and
 put together again when they are written.  An adapter that Hugging Face PEFT trained on `c_attn` has
-one A for all three and finds no layer here.
+one A for all three, and is read as three adapters with the same A (peft_lite/joined.py).
 """
 
 from collections.abc import Mapping
@@ -112,6 +112,7 @@ class GPT2(GPTNeo):
 
 
 QKV = ("q_proj", "k_proj", "v_proj")  # the parts of c_attn, as GPT-Neo's checkpoints call them
+TURNED = ("c_attn", "c_proj", "c_fc")  # their weights are (in, out)
 
 NAMES = Names(
     {
@@ -133,6 +134,8 @@ NAMES = Names(
     },
     prefix="transformer.",
     ignorable=[r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"],
+    joined={"c_attn": QKV},
+    turned=TURNED,
 )
 
 
@@ -142,7 +145,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, x in tensors.items():
         layer, _, end = name.rpartition(".")
         kind = layer.rpartition(".")[2]
-        if kind in ("c_attn", "c_proj", "c_fc") and end == "weight" and x.dim() == 2:
+        if kind in TURNED and end == "weight" and x.dim() == 2:
             x = x.T.contiguous()
         if kind == "c_attn" and end in ("weight", "bias"):
             if len(x) % 3:
@@ -163,7 +166,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if kind == QKV[0]:
             x = torch.cat([tensors[f"{beginning}.{part}.{end}"] for part in QKV])
             name, kind = f"{beginning}.c_attn.{end}", "c_attn"
-        if kind in ("c_attn", "c_proj", "c_fc") and end == "weight":
+        if kind in TURNED and end == "weight":
             x = x.T.contiguous()
         if kind not in QKV:
             packed[name] = x

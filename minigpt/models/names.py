@@ -18,6 +18,8 @@ class Names:
         prefix: beginning that checkpoints of the body without a head lack (`bert.`).
         renamed: old endings of checkpoint names -> today's (`gamma` -> `weight`).
         ignorable: regular expressions of checkpoint names that hold no weight of the model.
+        joined: last part of a checkpoint's module name -> those of its parts, which the table has.
+        turned: last parts of the names of modules whose weight is (in, out) in checkpoints.
     """
 
     def __init__(
@@ -26,11 +28,15 @@ class Names:
         prefix: str,
         renamed: Mapping[str, str] | None = None,
         ignorable: Iterable[str] = (),
+        joined: Mapping[str, tuple[str, ...]] | None = None,
+        turned: tuple[str, ...] = (),
     ) -> None:
         self.table = dict(table)
         self.prefix = prefix
         self.renamed = dict(renamed or {})
         self.ignorable = tuple(re.compile(pattern) for pattern in ignorable)
+        self.joined = dict(joined or {})
+        self.turned = turned
         self._from_hf = {hf: native for native, hf in table.items()}
 
     def to_hf(self, name: str) -> str:
@@ -43,7 +49,8 @@ class Names:
 
     def bare(self) -> "Names":
         """The names in a checkpoint of the body without a head: they lack the prefix."""
-        return Names({n: hf.removeprefix(self.prefix) for n, hf in self.table.items()}, prefix="")
+        table = {n: hf.removeprefix(self.prefix) for n, hf in self.table.items()}
+        return Names(table, prefix="", joined=self.joined, turned=self.turned)
 
     def is_ignorable(self, name: str) -> bool:
         return any(pattern.fullmatch(name) for pattern in self.ignorable)

@@ -212,7 +212,6 @@ def refuse(folder: Path, reason: str, model: nn.Module | None = None) -> None:
         ("layers_to_transform", [1]),
         ("layers_to_transform", 0),
         ("layers_pattern", "inner"),
-        ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "loftq"),
         ("lora_bias", True),
@@ -239,6 +238,7 @@ def test_a_setting_without_code_is_refused_by_name(tmp_path: Path, field: str, v
         ("init_lora_weights", "gaussian"),
         ("base_model_name_or_path", "some/model"),
         ("inference_mode", False),
+        ("fan_in_fan_out", True),
     ],
 )
 def test_a_setting_that_changes_nothing_is_read_over(

@@ -5,9 +5,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minigpt
@@ -15,6 +17,7 @@ import peft_lite
 from minigpt.checkpoints.directory import load, outline, save
 from minigpt.generation import generate
 from minigpt.models.gpt2 import GPT2, GPT2Config
+from tests.conftest import real_data
 
 V, T = 61, 11
 SIZES = {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 3}
@@ -90,8 +93,6 @@ def test_every_layer_is_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layer", ["mlp.c_fc", "attn.c_proj", "mlp.c_proj"])
 def test_a_lora_opens_in_peft_with_equal_logits(layer: str, tmp_path: Path) -> None:
-    import peft
-
     ours, theirs = pair(tmp_path / "base")
     handle = peft_lite.attach(ours, peft_lite.LoraConfig([layer], r=3, lora_alpha=5))
     with torch.no_grad():
@@ -107,10 +108,126 @@ def test_a_lora_opens_in_peft_with_equal_logits(layer: str, tmp_path: Path) -> N
         assert (ours(ids()) - want).abs().max() <= 2e-5 * want.abs().max()
 
 
-def test_an_adapter_of_c_attn_is_refused_by_name(tmp_path: Path) -> None:
-    ours, _ = pair(tmp_path)
-    with pytest.raises(ValueError, match="c_attn"):
+PEFT = [  # configs of HF PEFT, whose layer c_attn is query, key and value
+    {"target_modules": ["c_attn"]},
+    {"target_modules": ["c_attn", "c_proj", "c_fc"], "rank_pattern": {"c_attn": 5, "mlp.c_fc": 2}},
+    {"target_modules": r".*\.h\.[02]\.attn\.(c_attn|c_proj)", "alpha_pattern": {"attn.c_attn": 9}},
+    {"target_modules": ["attn.c_attn"], "use_dora": True, "bias": "lora_only"},
+    {"target_modules": ["c_attn"], "use_rslora": True, "bias": "all", "layers_to_transform": [1]},
+    {"target_modules": ["c_attn"], "fan_in_fan_out": False},
+    {"target_modules": ["c_attn"], "modules_to_save": ["attn.c_proj", "ln_f"]},
+]
+
+
+def from_peft(theirs: Any, folder: Path, settings: dict[str, Any]) -> Any:
+    """An adapter that HF PEFT put on a model, moved off its start and saved."""
+    config = peft.LoraConfig(
+        **{"r": 3, "lora_alpha": 5, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | settings
+    )
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D: it sets fan_in_fan_out itself
+        peer = peft.get_peft_model(theirs, config).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    peer.save_pretrained(folder)
+    return peer
+
+
+@pytest.mark.parametrize("settings", PEFT, ids=str)
+def test_an_adapter_of_peft_has_its_logits_here(settings: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = pair(tmp_path / "base")
+    plain = ours(ids())
+    peer = from_peft(theirs, tmp_path / "adapter", settings)
+    handle = peft_lite.load(ours, tmp_path / "adapter")
+    with torch.no_grad():
+        got, want = ours(ids()), peer(ids()).logits
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    assert (got - plain).abs().max() > 1e-2 * want.abs().max()
+    handle.save(tmp_path / "again")  # as three adapters
+    other = load(tmp_path / "base")
+    peft_lite.load(other, tmp_path / "again")
+    assert torch.equal(other(ids()), got)
+
+
+def test_a_module_that_is_saved_whole_opens_in_peft(tmp_path: Path) -> None:
+    ours, theirs = pair(tmp_path / "base")
+    config = peft_lite.LoraConfig(["c_fc"], r=3, modules_to_save=["attn.c_proj", "mlp.c_proj"])
+    handle = peft_lite.attach(ours, config)
+    with torch.no_grad():
+        for p in ours.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    handle.save(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        got, want = ours(ids()), peer(ids()).logits
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda n, t: t[:-1] if "c_attn.lora_B" in n else t,
+            r"c_attn.lora_B.*is \[71, 3\], its row",
+        ),
+        (
+            lambda n, t: t[:-3] if "c_attn.lora_B" in n else t,
+            r"is \[23, 3\], this model wants \[24,",
+        ),
+        (lambda n, t: t[:, :-1] if "c_attn.lora_A" in n else t, r"is \[3, 23\], this model wants"),
+    ],
+)
+def test_an_adapter_of_c_attn_that_does_not_fit_is_refused(
+    change: Any, reason: str, tmp_path: Path
+) -> None:
+    ours, theirs = pair(tmp_path / "base")
+    from_peft(theirs, tmp_path, PEFT[0])
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({n: change(n, t).clone() for n, t in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=reason):
+        peft_lite.load(ours, tmp_path)
+
+
+def test_c_attn_as_a_whole_is_refused(tmp_path: Path) -> None:
+    ours, theirs = pair(tmp_path / "base")
+    from_peft(theirs, tmp_path, {"target_modules": ["c_fc"], "modules_to_save": ["c_attn"]})
+    with pytest.raises(
+        ValueError, match=r"c_attn.weight is all of a layer that this model holds as q"
+    ):
+        peft_lite.load(ours, tmp_path)
+    with pytest.raises(ValueError, match="c_attn"):  # only in files is it a name of the three
         peft_lite.attach(ours, peft_lite.LoraConfig(["c_attn"], r=3))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning")
+def test_a_real_adapter_of_a_classifier(tmp_path: Path) -> None:
+    """Its classifier has no place in a decoder, which the reason says; the rest is read."""
+    source = real_data("adapters", "gpt2_lora_seqcls_mts")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V)).eval()
+    theirs.save_pretrained(tmp_path / "base")
+    ours = load(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"unexpected: base_model\.model\.score\.weight$"):
+        peft_lite.load(ours, source)
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors.pop("base_model.model.score.weight")
+    config = json.loads((source / "adapter_config.json").read_text())
+    config |= {"modules_to_save": None, "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    plain = ours(ids())
+    peft_lite.load(ours, tmp_path)
+    peer = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    with torch.no_grad():
+        got, want = ours(ids()), peer(ids()).logits
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    assert (got - plain).abs().max() > 1e-3 * want.abs().max()
 
 
 def test_absent_fields_are_those_of_transformers(tmp_path: Path) -> None:
