@@ -54,10 +54,11 @@ def generate_text(settings: Generate) -> None:
     ends = {*end_ids(directory, model.config.vocab_size)}
     if tokenizer.end_of_text is not None:
         ends.add(tokenizer.end_of_text)
-    texts = [Continuation(tokenizer, prompt, ends) for prompt in prompts]
-    shown = "" if settings.chat else settings.prompt[0]
-    if len(texts) == 1:
-        print(shown, end="", flush=True)
+    begins = [""] * len(prompts) if settings.chat else settings.prompt
+    texts = [
+        Continuation(tokenizer, prompt, ends, begin)
+        for prompt, begin in zip(prompts, begins, strict=True)
+    ]
 
     def observe(new: Tensor) -> None:
         for text, i in zip(texts, new[:, 0].tolist(), strict=True):
@@ -79,24 +80,20 @@ def generate_text(settings: Generate) -> None:
         generator=torch.Generator(device).manual_seed(settings.seed),
         observe=observe,
     )
-    if len(texts) == 1:
-        print(texts[0].take(whole=True))
-        return
-    for n, (prompt, text) in enumerate(zip(settings.prompt, texts, strict=True)):
-        if n:
-            print(BETWEEN)
-        print(("" if settings.chat else prompt) + text.take(whole=True))
+    print(f"\n{BETWEEN}\n".join(text.take(whole=True) for text in texts))
 
 
 class Continuation:
-    """The text of the tokens after a prompt, up to one that ends it.
+    """The text of the tokens after a prompt, up to one that ends it; `begin` stands before it.
 
     A token may end within a character, or show only beside those before it how it is written; so
     all are decoded together, and what ends in half a character waits for the rest.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], ends: Iterable[int]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], ends: Iterable[int], begin: str = ""
+    ) -> None:
+        self.tokenizer, self.begin = tokenizer, begin
         self.ids, self.ends = list(prompt), frozenset(ends)
         self.done = False
         self.taken = len(tokenizer.decode(prompt))
@@ -112,8 +109,8 @@ class Continuation:
         text = self.tokenizer.decode(self.ids)
         if text.endswith("\ufffd") and not whole:
             return ""
-        new = text[self.taken :]
-        self.taken = len(text)
+        new = self.begin + text[self.taken :]
+        self.begin, self.taken = "", len(text)
         return new
 
 
