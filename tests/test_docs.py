@@ -247,3 +247,18 @@ def test_the_ledger_of_claims_is_that_of_the_results() -> None:
         assert f"(studies/{name}/report.html)" in page
         assert (results.parent / "report.html").exists()
         assert "/work" not in results.read_text()
+
+
+def test_figures_of_the_pretrained_model_are_those_of_its_run() -> None:
+    """README.md and docs/smollm2.md quote the committed summary and samples."""
+    run = ROOT / "docs" / "runs" / "smollm2-alice"
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    before, after = (summary[f"heldout_loss_{moment}"] for moment in ("before", "after"))
+    sample = (run / "sample.txt").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "smollm2.md").read_text(encoding="utf-8")
+    for text in (page, (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert f"from {before:.2f} to {after:.2f} nats" in " ".join(text.split())
+        assert "Q4_1 weights" in text
+    assert f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,}" in page
+    for part in re.split(r"--- \w+ ---\n", sample)[1:]:
+        assert part.strip() in page
