@@ -34,8 +34,9 @@ from peft_lite.wrapper import Copied, Wrapper, named_buffers, named_layers, name
 
 logger = logging.getLogger(__name__)
 
-# what PEFT adds to `modules_to_save` of every classifier, there or not
+# what PEFT adds to `modules_to_save` of every classifier, there or not; older files do not list it
 GUESSED = ("classifier", "score")
+CLASSIFIES = ("SEQ_CLS", "TOKEN_CLS")
 MAX_CONFIG = 2**20  # bytes
 
 
@@ -77,7 +78,10 @@ def read(model: nn.Module, directory: Path) -> tuple[Any, dict[str, Tensor]]:
         check_types(raw, {"modules_to_save": list[str] | None, "use_dora": bool | None})
         raw = joined.split_config(model, raw)
         check_expressions(model, fields.expressions(raw))
-        listed = _modules_to_save(model, raw.get("modules_to_save") or [], shapes)
+        named = [*(raw.get("modules_to_save") or ())]
+        if raw.get("task_type") in CLASSIFIES:
+            named += GUESSED
+        listed = _modules_to_save(model, named, shapes)
         config = _read_config({**raw, "modules_to_save": listed or None})
         method = outline(model, method_of(config), config)
         _check_shape(model, method, raw)

@@ -341,6 +341,25 @@ def test_modules_to_save_are_the_ends_of_names_as_in_peft(tmp_path: Path) -> Non
         assert torch.equal(other(X), model(X))
 
 
+@pytest.mark.parametrize("listed", [None, ["pooler"]])
+def test_a_classifier_that_older_files_do_not_list_is_read(
+    listed: list[str] | None, tmp_path: Path
+) -> None:
+    ours, theirs = pair("bert", tmp_path / "base")
+    config = peft.LoraConfig(
+        r=2, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=listed
+    )
+    written = peft.get_peft_model(theirs, config).eval()
+    shake(p for p in written.parameters() if p.requires_grad)
+    written.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    assert {"classifier", "score"} <= {*raw["modules_to_save"]}
+    file.write_text(json.dumps(raw | {"modules_to_save": listed}))
+    peft_lite.load(ours, tmp_path / "adapter")
+    torch.testing.assert_close(of(ours, tokens()), output(written, tokens()), rtol=0, atol=1e-4)
+
+
 def test_a_tied_bias_that_peft_writes_twice_is_read_once(tmp_path: Path) -> None:
     ours, theirs = pair("bert masked", tmp_path / "base")
     config = peft.LoraConfig(r=3, target_modules=["query"], bias="all")
