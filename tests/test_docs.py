@@ -1,5 +1,6 @@
 """The documentation against the code: line numbers, examples, links, counts."""
 
+import json
 import re
 from dataclasses import fields
 from functools import cache
