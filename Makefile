@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint kernels bench bench-gpu figures mutants clean
+.PHONY: demo test test-minigpt test-others lint kernels bench bench-gpu figures mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
 	$(BIN)/python -m minigpt.commands.demo
 
-test: .venv/test          ## the whole suite
-	$(BIN)/python -m pytest
+test: test-minigpt test-others     ## the whole suite; `make -j2 test` has a core for each half
+
+test-minigpt: .venv/test
+	$(BIN)/python -m pytest tests/minigpt
+
+test-others: .venv/test
+	$(BIN)/python -m pytest tests --ignore tests/minigpt
 
 lint: .venv/test          ## style and types
 	$(BIN)/ruff check .
@@ -40,4 +45,4 @@ mutants: .venv/test       ## put faults into the code, one at a time: a test fai
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis

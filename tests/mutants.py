@@ -7,31 +7,26 @@
 
 The first part are faults that HF PEFT, loralib, adapters, litgpt and others had or have; the second
 are slips of the kind one makes.  A mutant that survives is a test that is missing; of those drawn
-by chance some are no faults: `equivalent_mutants.txt` has them, with the reason.
+by chance some are no faults: `equivalent_mutants.txt` has them, with the reason.  Of those drawn by
+chance, the tests that execute the changed line run (tests/executed.py records which); what died is
+kept in `.mutants/verdicts.txt` and not tried again.
 """
 
 import argparse
-import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import pytest
-
+from tests.executed import executing
+from tests.judge import fails_unchanged, first_failure, prepare
 from tests.random_mutants import Change, draw, explained, related
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("kernels", "minigpt", "peft_lite", "tests", "tools")
 TABLE = ROOT / "docs" / "mutants.md"
+VERDICTS = ROOT / ".mutants" / "verdicts.txt"
 FATES = ("killed", "explained", "SURVIVES", "timed out", "unclear")
-LIMIT = 600.0  # seconds for the tests of one change
 ENOUGH = 0.97  # share of the drawn changes that die or are explained
 
 
@@ -616,86 +611,53 @@ def killer(mutant: Mutant) -> str | None:
     return first_failure(mutant.file, text, tests)
 
 
-def first_failure(
-    file: str, text: str, tests: Sequence[str], limit: float | None = None
-) -> str | None:
-    """The first test that fails with another text in a file of a copy of the code.
-
-    Raises:
-        subprocess.TimeoutExpired: none has failed within `limit` seconds.
-        RuntimeError: no test ran.
-    """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for path in ROOT.glob("[!.]*"):
-            if path.name in COPIED:
-                ignored = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(path, folder / path.name, symlinks=True, ignore=ignored)
-            else:  # what is only read
-                (folder / path.name).symlink_to(path)
-        (folder / file).unlink()  # a link, or a copy
-        (folder / file).write_text(text)
-        run = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-xq",
-                "-p",
-                "no:cacheprovider",
-                "--timeout=120",
-                *tests,
-            ],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{folder}:{folder}/tools/path",
-                "OMP_NUM_THREADS": "1",
-            },
-            timeout=limit,
-        )
-    if run.returncode == 0:
-        return None
-    if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise RuntimeError(f"{file}: no test ran\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    failure = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - |$)", run.stdout, re.MULTILINE)
-    return failure[1] if failure else "tests/conftest.py"  # which imports the packages
-
-
 def fate(change: Change) -> str:
     """What becomes of a change drawn by chance, in words that begin with one of FATES."""
-    if reason := explained().get(change.row):
-        return f"explained: {reason}"
-    tests = related(change.file)
-    steps = [step for step in (tests[:2], tests[2:]) if step]  # most die at once
-    failures = (first_failure(change.file, change.applied(), step, LIMIT) for step in steps)
+    likely = related(change.file)
+    tests = executing(change) or likely  # it runs in processes of the tests alone
+    first = [test for test in tests if test.partition("::")[0] in likely[:2]]
+    steps = [step for step in (first, [t for t in tests if t not in {*first}]) if step]
+    failures = (first_failure(change.file, change.applied(), step) for step in steps)
     try:
         test = next(filter(None, failures), None)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         return "timed out"
+    except RuntimeError as error:
+        return f"unclear: {' '.join(str(error).split())}"
     if test is None:
-        return "SURVIVES"
-    return f"unclear: {test} fails without it" if fails_unchanged(test) else f"killed by {test}"
-
-
-@cache
-def fails_unchanged(test: str) -> bool:
-    """Whether a test fails in the code as it is, so that it tells nothing about a change."""
-    unchanged = "pyproject.toml"
-    return first_failure(unchanged, (ROOT / unchanged).read_text(), [test]) is not None
+        return f"SURVIVES {len(tests)} tests"
+    if "::" in test and fails_unchanged(test):
+        return f"unclear: {test} fails without it"
+    return f"killed by {test}"
 
 
 def by_chance(changes: Sequence[Change], jobs: int) -> int:
-    """Puts changes drawn by chance into the code.  Status 1: too many survive."""
-    counts = dict.fromkeys(FATES, 0)
-    with ThreadPoolExecutor(jobs) as pool:
-        for change, became in zip(changes, pool.map(fate, changes), strict=True):
-            print(f"{change}: {became}", flush=True)
-            counts[next(fate for fate in FATES if became.startswith(fate))] += 1
+    """Puts changes drawn by chance into the code, but for those that are known to die.  Status 1:
+    too many survive.
+    """
+    reasons, known = explained(), verdicts()
+    became = {c: f"explained: {reasons[c.row]}" for c in changes if c.row in reasons}
+    became |= {c: known[c.place] for c in changes if c not in became and c.place in known}
+    prepare()
+    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        running = {pool.submit(fate, change): change for change in changes if change not in became}
+        for done in as_completed(running):
+            change = running[done]
+            became[change] = done.result()
+            print(f"{change}: {became[change]}", flush=True)
+            if became[change].startswith("killed"):
+                VERDICTS.parent.mkdir(exist_ok=True)
+                with VERDICTS.open("a") as file:
+                    file.write(f"{change.place}\t{became[change]}\n")
+    counts = {fate: sum(b.startswith(fate) for b in became.values()) for fate in FATES}
     print(", ".join(f"{count} {fate}" for fate, count in counts.items()))
     return int(counts["killed"] + counts["explained"] < ENOUGH * len(changes))
+
+
+def verdicts() -> dict[str, str]:
+    """The changes that died, by their places, in this run or earlier ones."""
+    lines = VERDICTS.read_text().splitlines() if VERDICTS.exists() else []
+    return dict(line.split("\t", 1) for line in lines)
 
 
 def main() -> int:
@@ -710,7 +672,8 @@ def main() -> int:
     chosen = [m for m in MUTANTS if not given.name or m.name in given.name]
     if unknown := set(given.name) - {m.name for m in MUTANTS}:
         raise SystemExit(f"no mutant is called {sorted(unknown)}")
-    with ThreadPoolExecutor(given.jobs) as pool:
+    prepare()
+    with ProcessPoolExecutor(given.jobs, get_context("fork")) as pool:
         killers = []
         for mutant, test in zip(chosen, pool.map(killer, chosen), strict=True):
             print(f"{mutant.name}: {test or 'SURVIVES'}", flush=True)

@@ -80,6 +80,11 @@ class Change:
         return f"{self.file}:{self.line}: {self.what}"
 
     @property
+    def place(self) -> str:
+        """Where it is to the byte, and what it does."""
+        return f"{self.file}:{self.line}:{self.start}: {self.what}"
+
+    @property
     def row(self) -> str:
         """As it stands in `equivalent_mutants.txt`, before the reason."""
         return f"{self.file}: {self.what}"

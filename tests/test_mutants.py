@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import random_mutants
+from tests import executed, random_mutants
 from tests.mutants import MUTANTS, ROOT, TABLE, Mutant, file_of
 from tests.random_mutants import changes_of, draw, explained, related
 
@@ -103,6 +103,38 @@ def test_the_tests_of_a_module(file: str, first: str, others: set[str]) -> None:
     tests = related(file)
     assert tests[0].startswith(first)
     assert others < {*tests}
+
+
+FUNCTION = """\
+LIMIT = 3
+def f(x=1,
+      y=2):
+    if (x
+            < y):
+        return g(
+            x,
+            LIMIT,
+        )
+    else:
+        for z in x: y += 1
+    def h():
+        return 1
+    return h
+class C:
+    n = 2
+    def m(self):
+        pass
+"""
+STATEMENTS = [
+    (1, None), (2, (2, 14)), (3, (2, 14)), (4, (4, 5)), (5, (4, 5)), (6, (6, 9)), (8, (6, 9)),
+    (11, (11, 11)), (12, (12, 13)), (13, (13, 13)), (14, (14, 14)), (16, None), (18, (18, 18)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "want"), STATEMENTS)
+def test_the_lines_that_show_that_a_line_runs(line: int, want: tuple[int, int] | None) -> None:
+    lines = executed.statement(FUNCTION, line)
+    assert (lines and (lines[0], lines[-1])) == want
 
 
 def test_what_is_explained_is_a_change_of_the_code_with_a_reason() -> None:

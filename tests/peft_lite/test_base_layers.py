@@ -348,9 +348,10 @@ def lines_run() -> Iterator[set[int]]:
         seen.add(frame.f_lineno)
         return trace
 
+    before = sys.gettrace()
     sys.settrace(trace)
     yield seen
-    sys.settrace(None)
+    sys.settrace(before)
 
 
 def test_a_default_finetune_step_runs_the_line_of_the_equation(lines_run: set[int]) -> None:

@@ -193,3 +193,16 @@ def test_what_it_lacks_is_refused(
     for use in (minigpt.load, outline):
         with pytest.raises(ValueError, match=reason):
             use(tmp_path, head=head)
+
+
+def test_the_most_labels_are_taken_and_one_more_is_refused() -> None:
+    from minigpt.models.bert import ARCHITECTURE
+
+    config = minigpt.BertConfig(
+        vocab_size=9, hidden_size=2, num_hidden_layers=1, num_attention_heads=1, intermediate_size=2
+    )
+    most = ARCHITECTURE.outline(config, "classification", 2**20)
+    assert most.head.classifier.out_features == 2**20
+    for labels in (0, 2**20 + 1):
+        with pytest.raises(ValueError, match="must be 1 to 1,048,576"):
+            ARCHITECTURE.outline(config, "classification", labels)

@@ -32,6 +32,7 @@ from minigpt.training.interrupt import stop_requested
 from minigpt.training.train import Interrupted, Row
 from peft_lite import storage
 from tests import tiny
+from tests.processes import Command
 
 STEPS = 8
 CONFIG = TrainConfig(
@@ -478,30 +479,22 @@ def test_resuming_a_complete_run_says_so_and_leaves_it(
     assert files(tmp_path / "run") == before
 
 
-def process(arguments: list[str]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "minigpt", *arguments]
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+def finish(arguments: list[str], printed: Path) -> None:
+    with Command(arguments, printed) as running:
+        status, _, errors = running.end()
+    assert status == 0, errors
 
 
-def finish(arguments: list[str]) -> None:
-    with process(arguments) as running:
-        _, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors.decode()
-
-
-def kill_when(ready: Callable[[], bool], arguments: list[str], delay: float) -> None:
+def kill_when(ready: Callable[[], bool], arguments: list[str], printed: Path, delay: float) -> None:
     """SIGKILL, `delay` seconds after `ready`, to a command that has not ended before."""
-    with process(arguments) as running:
+    with Command(arguments, printed) as running:
         end = time.monotonic() + 120
-        while not ready() and running.poll() is None and time.monotonic() < end:
+        while not ready() and running.status is None and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(delay)
         running.kill()
-        _, errors = running.communicate()
-    assert running.returncode == -signal.SIGKILL, errors.decode()
+        status, _, errors = running.end()
+    assert status == -signal.SIGKILL, errors
 
 
 def lines(out: Path) -> int:
@@ -514,19 +507,22 @@ def test_killed_processes_resume_to_the_same_bytes(method: str, base: Path, tmp_
     steps, every = 150, 30
     moments = random.Random(method)
     want, out = tmp_path / "want", tmp_path / "out"
-    finish(options(base, want, method, steps, every))
+    finish(options(base, want, method, steps, every), tmp_path)
     command = options(base, out, method, steps, every)
 
-    kill_when(lambda: True, command, moments.uniform(0.05, 0.5))
+    with subprocess.Popen([sys.executable, "-m", "minigpt", *command]) as importing:
+        time.sleep(moments.uniform(0.05, 0.5))
+        importing.kill()
     assert not (out / "run.json").exists()
+    command.append("--resume")
     few, many = moments.randint(1, 8), moments.randint(35, 80)
-    kill_when(lambda: lines(out) >= few, [*command, "--resume"], 0.0)
+    kill_when(lambda: lines(out) >= few, command, tmp_path, 0.0)
     assert not (out / "summary.json").exists()
     if method == "lora":
-        kill_when(lambda: lines(out) >= many, [*command, "--resume"], moments.uniform(0, 0.05))
-    kill_when(lambda: len(list(out.glob("snapshots/step-*"))) == 2, [*command, "--resume"], 0.01)
+        kill_when(lambda: lines(out) >= many, command, tmp_path, moments.uniform(0, 0.05))
+    kill_when(lambda: len([*out.glob("snapshots/step-*")]) == 2, command, tmp_path, 0.01)
     assert (out / "snapshots").exists()
-    finish(["finetune", "--out", str(out), "--resume"])
+    finish(["finetune", "--out", str(out), "--resume"], tmp_path)
     assert_same_run(out, want, steps)
 
 
@@ -536,12 +532,10 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(
     method: str, limit: int, base: Path, tmp_path: Path
 ) -> None:
     command = options(base, tmp_path / "out", method, 4, 2)
-    shell = ["bash", "-c", f'ulimit -f {limit // 1024} && exec "$@"', "bash"]
-    run = subprocess.run(
-        [*shell, sys.executable, "-m", "minigpt", *command], capture_output=True, text=True
-    )
-    assert run.returncode == 2
-    (error,) = (line for line in run.stderr.splitlines() if not line.startswith(method))
+    with Command(command, tmp_path, file_bytes=limit // 1024 * 1024) as run:
+        status, _, said = run.end()
+    assert status == 2
+    (error,) = (line for line in said.splitlines() if not line.startswith(method))
     assert re.match(r"minigpt: error: .*File too large.*snapshots/step-", error)
     assert not list(tmp_path.rglob("*.partial"))
     assert main([*command, "--resume"]) == 0
@@ -551,12 +545,15 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(
 
 def test_of_two_commands_one_has_the_folder(base: Path, tmp_path: Path) -> None:
     command = options(base, tmp_path / "out", "lora", 20, 10)
-    both = [process(command) for _ in range(2)]
-    said = [running.communicate(timeout=120)[1].decode() for running in both]
-    assert sorted(running.returncode for running in both) == [0, 2], said
-    (refusal,) = (text for running, text in zip(both, said, strict=True) if running.returncode)
-    assert re.fullmatch(r"minigpt: error: .*(in use by another|holds another run).*\n", refusal)
-    finish(options(base, tmp_path / "want", "lora", 20, 10))
+    printed = [tmp_path / "one", tmp_path / "other"]
+    for folder in printed:
+        folder.mkdir()
+    with Command(command, printed[0]) as one, Command(command, printed[1]) as other:
+        ends = sorted((status, said) for status, _, said in (one.end(), other.end()))
+    assert [status for status, _ in ends] == [0, 2], ends
+    refusal = r"minigpt: error: .*(in use by another|holds another run).*\n"
+    assert re.fullmatch(refusal, ends[1][1])
+    finish(options(base, tmp_path / "want", "lora", 20, 10), tmp_path)
     assert_same_run(tmp_path / "out", tmp_path / "want", 20)
 
 
@@ -566,19 +563,18 @@ def test_a_hundred_kills_lose_nothing(base: Path, tmp_path: Path) -> None:
     steps, draw, kills, runs = 150, random.Random(0), 0, itertools.count()
     want = {method: tmp_path / method for method in ("lora", "full")}
     for method, folder in want.items():
-        finish(options(base, folder, method, steps, 10))
+        finish(options(base, folder, method, steps, 10), tmp_path)
     while kills < 100:
         method, out = draw.choice(["lora", "full"]), tmp_path / f"run-{next(runs)}"
         command = [*options(base, out, method, steps, 10), "--resume"]
         for _ in range(8):
-            with process(command) as running:
+            with Command(command, tmp_path) as running:
                 goal = lines(out) + draw.randint(-2, 25)
-                while lines(out) < goal and running.poll() is None:
+                while lines(out) < goal and running.status is None:
                     time.sleep(0.001)
                 time.sleep(draw.uniform(0, 0.1))
                 running.kill()
-                running.communicate()
-            kills += running.returncode == -signal.SIGKILL
+                kills += running.end()[0] == -signal.SIGKILL
             assert not (out / "run.json").exists() or main(["verify", str(out)]) == 0
-        finish(command)
+        finish(command, tmp_path)
         assert_same_run(out, want[method], steps)
