@@ -320,6 +320,16 @@ def test_second_merge_is_refused_and_adds_nothing() -> None:
     assert torch.equal(lora.base.weight, once)
 
 
+def test_nothing_is_kept_once_it_is_unmerged() -> None:
+    """A second weight would move with the model, and be restored after a later merge."""
+    model, handle, _ = layer()
+    before = [name for name, _ in model.named_buffers()]
+    handle.merge()
+    assert [name for name, _ in model.named_buffers()] != before
+    handle.unmerge()
+    assert [name for name, _ in model.named_buffers()] == before
+
+
 def test_a_merged_model_can_be_moved_to_another_dtype() -> None:
     model, handle, lora = layer(torch.float32)
     base = lora.base.weight.detach().clone()
