@@ -14,6 +14,7 @@ import minigpt
 import peft_lite
 from minigpt.checkpoints.directory import load, outline, save
 from minigpt.generation import generate
+from minigpt.models.architectures import ARCHITECTURES
 from minigpt.models.attention import naive_attention
 from minigpt.models.llama import FAMILY, Llama, LlamaConfig
 from minigpt.models.norms import RMSNorm
@@ -306,3 +307,11 @@ def test_lora_opens_in_peft_with_equal_logits(tmp_path: Path) -> None:
 def test_the_package_names_the_model() -> None:
     assert minigpt.Llama is Llama
     assert minigpt.LlamaConfig is LlamaConfig
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_rotation_of_part_of_a_head_is_refused(kind: str) -> None:
+    read = ARCHITECTURES[kind].config_from
+    assert read({"model_type": kind, "partial_rotary_factor": 1.0}) == read({"model_type": kind})
+    with pytest.raises(ValueError, match=r"partial_rotary_factor 0\.5 is not supported"):
+        read({"model_type": kind, "partial_rotary_factor": 0.5})

@@ -4,10 +4,11 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 
 from minigpt.commands.finetune import Finetune
 from minigpt.commands.pretrain import Pretrain
-from minigpt.settings.options import with_default
+from minigpt.settings.options import LARGEST, with_default
 from minigpt.settings.training import TrainingOptions
 from minigpt.studies import STUDIES, study
 from minigpt.training.train import TrainConfig
@@ -65,3 +66,7 @@ def test_another_default_keeps_help_and_choices() -> None:
     (original,) = (f for f in fields(TrainingOptions) if f.name == "schedule")
     assert changed.default == "cosine" != original.default
     assert changed.metadata == original.metadata
+
+
+def test_the_largest_number_is_that_of_32_bits() -> None:
+    assert torch.finfo(torch.float32).max == LARGEST
