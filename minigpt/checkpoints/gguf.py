@@ -23,7 +23,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from minigpt.models.rotary import frequencies
@@ -250,6 +250,10 @@ class Gguf:
                 backend.add_special_tokens([token])
             elif its_kind == USER_DEFINED:
                 backend.add_tokens([token])
+        start = self.special_tokens().get("bos_token")
+        if start is not None and self.value("tokenizer.ggml.add_bos_token", kind == "llama"):
+            marks = [(start, vocabulary[start])]
+            backend.post_processor = processors.TemplateProcessing(f"{start} $A", None, marks)
         return backend
 
     def chat_template(self) -> str | None:

@@ -253,9 +253,11 @@ def test_sentence_pieces_are_those_of_the_real_tokenizer(tmp_path: Path) -> None
             "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.scores": scores,
             "tokenizer.ggml.token_type": [3 if t in special else 1 for t in tokens],
+            "tokenizer.ggml.bos_token_id": tokens.index("<s>"),
         },
     )
     got = Tokenizer.load(path)
+    assert got.start == want.start == [tokens.index("<s>")]
     for text in ("Once upon a time", "  two  spaces", "naïve, Việt Nam 日本 🙂\n\tend", "a" * 40):
         assert got.encode(text) == want.encode(text)
         assert got.decode(got.encode(text)) == text
