@@ -164,12 +164,9 @@ def updates(rows: Sequence[Mapping[str, str]]) -> str:
             side: [float(r["seconds"]) for r in rows if (r["set"], r["side"]) == (name, side)]
             for side in (*sides, clipped_update.OURS)
         }
-        medians = {side: quartiles(values)[1] for side, values in seconds.items() if values}
-        best = min((s for s in others if s in medians), key=lambda s: medians[s])
-        pairs = zip(seconds[clipped_update.OURS], seconds[best], strict=True)
-        first, middle, third = quartiles([a / b for a, b in pairs])
-        cells = [_time(medians[s]) if s in medians else "" for s in seconds]
-        lines.append(_row([name, *cells, f"{middle:.2f}", f"{first:.2f} to {third:.2f}"]))
+        cells = [_time(quartiles(values)[1]) if values else "" for values in seconds.values()]
+        rivals = [seconds[side] for side in others]
+        lines.append(_row([name, *cells, *_against_best(seconds[clipped_update.OURS], rivals)]))
     return "\n".join(lines)
 
 
@@ -192,10 +189,6 @@ def real_model(folder: Path) -> str:
     for task in dict.fromkeys((r["what"], r["dtype"]) for r in rows):
         taken = [r for r in rows if (r["what"], r["dtype"]) == task]
         seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
-        others = [s for s in sides if s != OURS and seconds[s]]
-        best = min(others, key=lambda s: quartiles(seconds[s])[1])
-        pairs = zip(seconds[OURS], seconds[best], strict=True)
-        first, middle, third = quartiles([a / b for a, b in pairs])
         peaks = [
             quartiles([int(r["peak_bytes"]) for r in taken if r["side"] == s and r["peak_bytes"]])
             for s in (OURS, THEIRS)
@@ -203,7 +196,7 @@ def real_model(folder: Path) -> str:
         ]
         memory = [f"{peaks[0][1] / 1e9:.3g} GB", f"{peaks[0][1] / peaks[1][1]:.2f}"]
         cells = [f"{quartiles(seconds[s])[1]:.3g} s" if seconds[s] else "" for s in sides]
-        cells += [f"{middle:.2f}", f"{first:.2f} to {third:.2f}"]
+        cells += _against_best(seconds[OURS], [seconds[s] for s in sides if s != OURS])
         lines.append(_row([", ".join(task), *cells, *(memory if peaks else ["", ""])]))
     return "\n\n".join([REAL, measured_on(facts), "\n".join(lines)])
 
@@ -226,6 +219,15 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     if not theirs:
         return ""
     return f"{quartiles([a / b for a, b in zip(ours, theirs, strict=True)])[1]:.2f}"
+
+
+def _against_best(ours: Sequence[float], others: Iterable[Sequence[float]]) -> list[str]:
+    """Ours over the quickest other side that was measured, round by round: median and quartiles."""
+    best = min(
+        (seconds for seconds in others if seconds), key=lambda seconds: quartiles(seconds)[1]
+    )
+    first, middle, third = quartiles([a / b for a, b in zip(ours, best, strict=True)])
+    return [f"{middle:.2f}", f"{first:.2f} to {third:.2f}"]
 
 
 def _of(ours: Mapping[str, str], theirs: Mapping[str, str] | None, column: str) -> str:

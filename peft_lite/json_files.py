@@ -34,6 +34,13 @@ def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     return parse_object(text, str(path))
 
 
+def read_optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a folder may lack: {} where it does.  Raises ValueError as
+    `read_object`.
+    """
+    return read_object(path) if path.exists() else {}
+
+
 def parse_object(text: str, where: str) -> dict[str, Any]:
     """The same for a text, with `where` it stood for the message."""
     try:

@@ -9,7 +9,7 @@ from minigpt.checkpoints import gguf
 from minigpt.models.architecture import Architecture, Config
 from minigpt.models.architectures import ARCHITECTURES
 from minigpt.models.config import nearest, short
-from peft_lite.json_files import check_types, read_object
+from peft_lite.json_files import check_types, read_object, read_optional
 
 logger = logging.getLogger("minigpt")
 
@@ -60,7 +60,7 @@ def end_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
         ValueError: the field is no id and no list of ids.
     """
     path = directory / "generation_config.json"
-    raw = read_object(path) if path.exists() else {}
+    raw = read_optional(path)
     check_types(raw, {"eos_token_id": EOS}, f"{path}: ")
     if raw.get("eos_token_id") is None:
         raw = read_config(directory)[2]

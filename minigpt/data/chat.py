@@ -13,9 +13,9 @@ from typing import Any
 
 from minigpt.checkpoints import gguf
 from minigpt.checkpoints.source import named
-from peft_lite.json_files import check_types, printable, read_object, short
+from minigpt.data.tokenizer_files import NAMED, TOKEN
+from peft_lite.json_files import check_types, printable, read_optional, short
 
-TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 LONGEST = 2**20  # characters, or a number, that a template's `*` may make
 LARGEST_POWER = 64  # of the base and the exponent of `**`
 
@@ -82,12 +82,12 @@ class ChatTemplate:
 
 def _from_files(folder: Path) -> tuple[str | None, dict[str, str]]:
     path = folder / "tokenizer_config.json"
-    raw = read_object(path) if path.exists() else {}
-    hints = dict.fromkeys(TOKENS, str | dict[str, Any] | None)
+    raw = read_optional(path)
+    hints: dict[str, Any] = dict.fromkeys(NAMED, TOKEN)
     hints["chat_template"] = str | list[dict[str, str]] | None
     check_types(raw, hints, f"{path}: ")
     tokens = {}
-    for name in TOKENS:
+    for name in NAMED:
         token = raw.get(name)
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):

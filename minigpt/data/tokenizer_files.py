@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from minigpt.data import phobert
 from minigpt.data.phobert import Phobert
-from peft_lite.json_files import check_types, read_object, short
+from peft_lite.json_files import check_types, read_optional, short
 
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")  # of an added token
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -57,14 +57,14 @@ def read(folder: Path) -> tokenizers.Tokenizer | Phobert | None:
         ValueError: a file cannot be read, or an added token has another id than the next.
         Exception: the library's own, for a file that is damaged.
     """
-    settings = _optional(folder / "tokenizer_config.json")
+    settings = read_optional(folder / "tokenizer_config.json")
     check_types(settings, SETTINGS, "tokenizer_config.json: ")
     described = settings.get("added_tokens_decoder")
     ids: Mapping[str, Any] = {}
     if described is None:
-        ids = _optional(folder / "added_tokens.json")
+        ids = read_optional(folder / "added_tokens.json")
         check_types({"added_tokens.json": ids}, {"added_tokens.json": dict[str, int]})
-        names = _optional(folder / "special_tokens_map.json")
+        names = read_optional(folder / "special_tokens_map.json")
         check_types(names, SETTINGS, "special_tokens_map.json: ")
         settings |= names
     backend, defaults = _vocabulary(folder, settings)
@@ -97,10 +97,6 @@ def word_pieces(model: models.WordPiece) -> tokenizers.Tokenizer:
     if first is not None and last is not None:
         backend.post_processor = processors.BertProcessing(("[SEP]", last), ("[CLS]", first))
     return backend
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}
 
 
 def _vocabulary(

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minigpt.data.chat import TOKENS, ChatTemplate
+from minigpt.data.chat import ChatTemplate
+from minigpt.data.tokenizer_files import NAMED
 from tests.conftest import DATA
 
 TEMPLATES = DATA / "tokenizers" / "chat_templates"
@@ -42,7 +43,7 @@ def published(name: str, folder: Path) -> Path:
 
 
 def tokens_of(raw: dict[str, Any]) -> dict[str, str]:
-    tokens = {name: raw.get(name) for name in TOKENS}
+    tokens = {name: raw.get(name) for name in NAMED}
     return {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t}
 
 
