@@ -112,6 +112,8 @@ def signalled(out: Path, draw: random.Random) -> str:
     said = [line for line in errors.splitlines() if not re.match(r"[ab]: step|minigpt: ", line)]
     if study.returncode == 130 and len(last) == 1 and not said:
         return ""
+    if (out / "report.html").exists():  # the signal came after the last thing to do
+        return "ended before"
     return f"{number.name} by {send.__name__}: {study.returncode}\n{errors}"
 
 
