@@ -143,7 +143,7 @@ def scales_of(it: Quantized) -> Tensor:
 
 
 def _nearest(w: Tensor, block: int, midpoints: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of w (n,), uint8, and the scales of its blocks.  As in bitsandbytes, a full block is
+    """The codes of w (n,), uint8, and the scales of its blocks.  As in bitsandbytes a full block is
     multiplied by 1 / a, and a last one that is not full is divided by a.
     """
     full = len(w) // block * block

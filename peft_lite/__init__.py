@@ -14,6 +14,7 @@ from peft_lite.lora import LoraConfig
 from peft_lite.methods import METHODS
 from peft_lite.prefix import PrefixConfig
 from peft_lite.prompt import PromptConfig
+from peft_lite.quantized import QuantizedLinear, quantize
 from peft_lite.report import Report, report
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "LoraConfig",
     "PrefixConfig",
     "PromptConfig",
+    "QuantizedLinear",
     "Report",
     "Trainability",
     "attach",
     "check_trainable",
     "load",
+    "quantize",
     "report",
 ]
 

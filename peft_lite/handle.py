@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_lite import combine, files
 from peft_lite.compatible import check_compatible, check_not_offloaded
 from peft_lite.method import Method
+from peft_lite.quantized import warn_of_copies
 from peft_lite.report import Report, report
 from peft_lite.select import nearest
 from peft_lite.tensor_files import check_finite
@@ -144,7 +145,8 @@ class Handle:
         self.put(name, combine.weighted_sum(parts, weights))
 
     def merge(self, name: str | None = None, untie: bool = False) -> None:
-        """Puts the methods' changes into the weights.  The original weights are kept.
+        """Puts the methods' changes into the weights.  The original weights are kept.  A layer of 4
+        bits holds a dense copy meanwhile; a warning says what putting it into 4 bits would change.
 
         Args:
             name: the method to merge; None: all active ones.
@@ -159,6 +161,7 @@ class Handle:
         with self._change("merge"):
             for wrapper in chosen:
                 wrapper.merge(untie=wrapper in tied)
+        warn_of_copies(wrapper.layer for wrapper in chosen)
 
     def unmerge(self) -> None:
         """Restores the original weights to the bit."""
@@ -180,6 +183,7 @@ class Handle:
         with self._change("fold"):
             for wrapper in chosen:
                 wrapper.merge(untie=wrapper in tied)
+            warn_of_copies(wrapper.layer for wrapper in chosen)
             # active methods last: no other wrapper may remain around the modules they leave
             for name in sorted(self.methods, key=self.active.__contains__):
                 self._take_off(name, fold=self.methods[name].active)

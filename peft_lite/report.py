@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from peft_lite.quantized import is_quantized
+
 
 @dataclass(frozen=True)
 class Row:
@@ -20,7 +22,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Counts of parameters and bytes; a tied parameter counts once, under its first name."""
+    """Counts of parameters and bytes; a tied parameter counts once, under its first name.  A weight
+    of 4 bits counts as the parameters it stands for, with the bytes that it takes.
+    """
 
     rows: list[Row]
 
@@ -63,6 +67,7 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """Counts the parameters of `model` as they are now."""
+    packed = {id(m.weight): m.quantized for m in model.modules() if is_quantized(m)}
     groups: dict[str, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(p)
@@ -74,9 +79,12 @@ def report(model: nn.Module) -> Report:
                 name,
                 len(parameters),
                 sum(p.numel() for p in trained),
-                sum(p.numel() for p in parameters),
+                sum(
+                    packed[id(p)].shape.numel() if id(p) in packed else p.numel()
+                    for p in parameters
+                ),
                 sum(p.numel() * p.element_size() for p in trained),
-                sum(p.numel() * p.element_size() for p in parameters),
+                sum(packed[id(p)].nbytes if id(p) in packed else p.nbytes for p in parameters),
             )
         )
     return Report(rows)

@@ -91,7 +91,7 @@ def select_modules(
     """
     modules = {name: m for name, m in named_layers(model) if isinstance(m, kinds)}
     if patterns == "all-linear":
-        head = _head_names(model)
+        head = head_names(model)
         linear: dict[str, nn.Module] = {
             n: m for n, m in modules.items() if isinstance(m, nn.Linear) and n not in head
         }
@@ -224,7 +224,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
-def _head_names(model: nn.Module) -> set[str]:
+def head_names(model: nn.Module) -> set[str]:
     """Names of the layer that gives the logits: ours is called `head` or lies in it, that of
     `transformers` is what `get_output_embeddings` gives.
     """

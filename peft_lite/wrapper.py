@@ -143,7 +143,7 @@ class WeightWrapper(Wrapper):
     def _changed_weight(self, name: str) -> Tensor:
         below: Tensor = getattr(self.base, name)
         new = self.new_weights().get(name) if self.acts else None
-        return below if new is None else new.to(below.dtype)
+        return below if new is None else new.to(dense_dtype(self.layer, below))
 
     def new_weights(self) -> dict[str, Tensor]:
         """The merged `weight`, and `bias` where it changes: with them the plain layer is equal."""
@@ -160,8 +160,13 @@ class WeightWrapper(Wrapper):
         for name, new in merged.items():
             p = getattr(layer, name)
             setattr(self, f"original_{name}", p.data)
-            p.data = new.to(p.dtype)
+            p.data = new.to(dense_dtype(layer, p))
         self.merged = True
+
+    def left(self) -> nn.Module:
+        """The base; of a layer that held packed weights the plain one that holds the merged."""
+        unpacked = getattr(type(self.base), "unpacked", None)
+        return self.base if unpacked is None else unpacked(self.base)
 
     def unmerge(self) -> None:
         """Restores the layer's original weights to the bit."""
@@ -271,19 +276,29 @@ def is_dense(weight: Tensor) -> bool:
     return plain and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
+def dense_dtype(layer: nn.Module, weight: Tensor) -> torch.dtype:
+    """The dtype of a weight of the layer where it is dense."""
+    return weight.dtype if is_dense(weight) else getattr(layer, "dense_dtype", weight.dtype)
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a layer as a plain matrix, in float32 or float64.
 
     Raises:
-        ValueError: the weight is packed, so its numbers are codes.
+        ValueError: the weight is packed, so its numbers are codes, and no `dense_weight` of its
+            class unpacks them.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if not is_dense(weight):
+    if is_dense(weight):
+        return weight.to(wide(weight.dtype))
+    unpack = getattr(innermost(layer), "dense_weight", None)  # no wrapper around it acts
+    if unpack is None:
         raise ValueError(
             f"the weight of {type(innermost(layer)).__name__} is packed as {weight.dtype}, must be "
             "floating point: dequantize the layer first"
         )
-    return weight.to(wide(weight.dtype))
+    dense: Tensor = unpack()
+    return dense
 
 
 def merge_obstacle(layer: nn.Module) -> str | None:
@@ -299,7 +314,7 @@ def merge_obstacle(layer: nn.Module) -> str | None:
         return f"the weight of {kind.__name__} is parametrized or pruned"
     if weight.is_meta:
         return f"the weight of {kind.__name__} has no values: it lies on the meta device"
-    if not is_dense(weight):
+    if not is_dense(weight) and not hasattr(kind, "dense_weight"):
         return f"the weight of {kind.__name__} is packed as {weight.dtype}"
     if layer._forward_hooks or layer._forward_pre_hooks or has_global_hooks():
         return f"{kind.__name__} has forward hooks, which can change what it computes"
