@@ -76,6 +76,13 @@ class Quantized:
         stored = (self.packed, self.scales, self.scales_of_scales, self.offset)
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> "Quantized":
+        """The same on another device, of a weight of another dtype."""
+        nested = (self.scales_of_scales, self.offset)
+        a2, offset = (tensor if tensor is None else tensor.to(device) for tensor in nested)
+        packed, scales = self.packed.to(device), self.scales.to(device)
+        return Quantized(packed, scales, a2, offset, self.shape, dtype, self.block)
+
 
 def quantize(weight: Tensor, block: int = 64, double: bool = True) -> Quantized:
     """A weight of any shape in 4 bits.
@@ -166,11 +173,14 @@ def _quantize_scales(it: Quantized) -> Quantized:
 
 
 def _fill(w: Tensor, it: Quantized, scales: Tensor, begin: int) -> None:
-    """Writes the numbers from `begin` on, the first of a block, into w (m,).
+    """Writes the numbers from `begin` on, the first of a block, into w (m,); on the meta device
+    there are none.
 
     One look at a table gives the four codes of two bytes.  Memory for a piece is taken once: to
     take it anew for each would cost more than to fill it.
     """
+    if w.is_meta:
+        return
     quads, end = _quads(w.device), begin + len(w)
     size = min(PIECE, -(-len(w) // it.block) * it.block)
     index = torch.empty(size // 4, dtype=torch.int32, device=w.device)

@@ -19,8 +19,12 @@ DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": tor
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_named_tensors(path: Path) -> dict[str, Tensor]:
+def read_named_tensors(path: Path, apart: bool = False) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of an older pickle (tensors only).
+
+    Args:
+        apart: each tensor of a `.safetensors` file is mapped for itself, so that the memory of one
+            that was read is free again once it is dropped.
 
     Raises:
         ValueError: the file is missing, truncated, or holds anything else.
@@ -28,7 +32,7 @@ def read_named_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             _check_header(path)
-            return load_file(path)
+            return _read_apart(path) if apart else load_file(path)
         _check_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -39,6 +43,16 @@ def read_named_tensors(path: Path) -> dict[str, Tensor]:
             reason = printable(str(error))
         raise ValueError(f"cannot read {path}: truncated or damaged? ({reason})") from None
     return _plain(content, path)
+
+
+def _read_apart(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    tensors = {}
+    for name in names:
+        with safe_open(path, "pt") as file:
+            tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 def read_outline(path: Path) -> dict[str, Tensor]:

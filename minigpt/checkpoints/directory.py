@@ -9,11 +9,12 @@ import logging
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from minigpt.checkpoints import four_bits
 from minigpt.checkpoints.config import read_config
 from minigpt.checkpoints.source import find, is_local, read_tensors
 from minigpt.models.architecture import (
@@ -24,8 +25,11 @@ from minigpt.models.architecture import (
     num_labels_from,
 )
 from minigpt.models.names import Names
+from minigpt_kernels import nf4
+from minigpt_kernels.nf4 import Quantized
 from peft_lite import storage
 from peft_lite.json_files import printable
+from peft_lite.quantized import QuantizedLinear, is_quantized, quantizable, replace
 
 logger = logging.getLogger("minigpt")
 
@@ -39,6 +43,7 @@ def load(
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> Decoder: ...
 @overload
 def load(
@@ -47,6 +52,7 @@ def load(
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> Model: ...
 def load(
     source: str | Path,
@@ -54,6 +60,7 @@ def load(
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> Model:
     """The native model of a Hugging Face checkpoint, in evaluation mode.
 
@@ -62,6 +69,9 @@ def load(
         head: "causal-lm", "masked-lm", "classification" or "none"; None: what the checkpoint has.
             A head that the checkpoint lacks is freshly initialised, and a warning says so.
         num_labels: classes of a classification head; None: what the checkpoint has, else 2.
+        dtype: of all weights that are not in 4 bits.
+        quantize: "nf4" puts the linear layers but the head into 4 bits, each as it is read, so that
+            no more than one is dense at a time.  A checkpoint of 4 bits stays so without it.
 
     Raises:
         ValueError: no such directory or hub id, an unknown architecture or setting, a broken file,
@@ -69,9 +79,14 @@ def load(
     """
     directory = find(source)
     architecture, config, raw = read_config(directory)
-    tensors = read_tensors(directory)
+    one_by_one = quantize is not None or "quantization_config" in raw
+    tensors: dict[str, Any] = read_tensors(directory, apart=one_by_one)
     names = architecture.names
     try:
+        four_bits.check(raw)
+        four_bits.gather(tensors)
+        if architecture.names.joined and any(isinstance(t, Quantized) for t in tensors.values()):
+            raise ValueError(f"weights of {architecture.model_type} in 4 bits are not supported")
         tensors = _rename(architecture.unpack(tensors), names)
         if architecture.other_class(raw):
             tensors = {n: t for n, t in tensors.items() if n.startswith(names.prefix)}
@@ -88,12 +103,14 @@ def load(
             tensors = {n: t for n, t in tensors.items() if not n.startswith(layer)}
         model = architecture.outline(config, head, num_labels)
         state = _match(model, tensors, architecture, head)
+        del tensors
+        packed = _pack(model, state, quantize, dtype, device)
         state = {name: t.to(device=device, dtype=dtype) for name, t in state.items()}
         _check_finite(state, names)
         model.load_state_dict(state, strict=False, assign=True)
         model.tie()
         _check_tied(model, state, names)
-        fresh = _missing(model, state, architecture)
+        fresh = _missing(model, {*state, *packed}, architecture)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     model.name_or_path = str(directory.resolve() if is_local(source) else source)
@@ -129,8 +146,12 @@ def save(model: Model, directory: str | Path) -> None:
     """
     architecture = model.architecture
     plain = architecture.outline(model.config, model.head_kind, model.num_labels).state_dict()
-    state = model.state_dict()
-    if foreign := state.keys() ^ plain.keys():
+    packed = {name: m for name, m in model.named_modules() if is_quantized(m)}
+    if packed and architecture.names.joined:
+        raise ValueError(f"{architecture.model_type} has no file format for weights of 4 bits")
+    parts = {f"{name}.{part}" for name, m in packed.items() for part in m._buffers}
+    state = model.state_dict().keys() - parts
+    if foreign := state ^ plain.keys():
         raise ValueError(
             f"cannot save: {_some(foreign)} make this no plain {architecture.model_type} model; "
             "fold or detach what was attached first"
@@ -139,6 +160,10 @@ def save(model: Model, directory: str | Path) -> None:
     for name, p in model.named_parameters():  # a tied one once: transformers ties it again
         tensors[model.names.to_hf(name)] = p.detach().contiguous()
     settings = config_json(model)
+    if packed:
+        for name, layer in packed.items():
+            tensors |= four_bits.scatter(model.names.to_hf(f"{name}.weight"), layer.quantized)
+        settings["quantization_config"] = _quantization_config(model, packed)
     if not settings["tie_word_embeddings"]:
         for name, second in architecture.copies.items():
             if name in tensors:
@@ -147,6 +172,14 @@ def save(model: Model, directory: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_tensors(folder / "model.safetensors", architecture.pack(tensors))
     storage.write_json(folder / "config.json", settings)
+
+
+def _quantization_config(model: Model, packed: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
+    first = next(iter(packed.values()))
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    dense = sorted(model.names.to_hf(name) for name in linear - packed.keys())
+    double = first.scales_of_scales is not None
+    return four_bits.quantization_config(double, first.dense_dtype, dense)
 
 
 def _rename(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
@@ -161,10 +194,14 @@ def _rename(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
             name = names.prefix + name
         if names.is_ignorable(name):
             continue
-        if name in renamed and not torch.equal(renamed[name], tensor):
+        if name in renamed and not _equal(renamed[name], tensor):
             raise ValueError(f"two different tensors of the checkpoint are both {printable(name)}")
         renamed[name] = tensor
     return renamed
+
+
+def _equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
 def _head_of(tensors: Iterable[str], architecture: Architecture) -> str:
@@ -199,6 +236,32 @@ def _match(
     return state
 
 
+def _pack(
+    model: Model,
+    state: dict[str, Any],
+    codec: str | None,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> list[str]:
+    """Takes the weights that are or shall be in 4 bits out of `state`, one after the other, and
+    puts layers that hold them into the model.  Returns their names.
+    """
+    chosen = set() if codec is None else {f"{n}.weight" for n in quantizable(model, codec)}
+    packed = [name for name, t in state.items() if name in chosen or isinstance(t, Quantized)]
+    for name in packed:
+        weight, layer = state.pop(name), name.removesuffix(".weight")
+        if not isinstance(model.get_submodule(layer), nn.Linear):
+            raise ValueError(f"{model.names.to_hf(name)} is in 4 bits, and no linear layer")
+        if isinstance(weight, Tensor):
+            single = weight.float() if weight.dtype == torch.float64 else weight
+            try:
+                weight = nf4.quantize(single.to(device))
+            except ValueError as error:
+                raise ValueError(f"{model.names.to_hf(name)}: {error}") from None
+        replace(model, layer, weight.to(device, dtype))
+    return packed
+
+
 def _check_finite(state: Mapping[str, Tensor], names: Names) -> None:
     """One pass that keeps nothing: 0.04 s for 500 MB, where isfinite().all() takes seconds."""
     for name, tensor in state.items():
@@ -213,7 +276,7 @@ def _check_tied(model: Model, state: Mapping[str, Tensor], names: Names) -> None
             raise ValueError(f"{names.to_hf(name)} differs from the weight it is tied to")
 
 
-def _missing(model: Model, state: Mapping[str, Tensor], architecture: Architecture) -> list[str]:
+def _missing(model: Model, state: Iterable[str], architecture: Architecture) -> list[str]:
     """Native names that got no tensor: none, or those of a whole head."""
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     absent = tuple(

@@ -81,8 +81,11 @@ def named(source: str | Path) -> Path:
     return BUNDLED.get(str(source)) or Path(source)
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path, apart: bool = False) -> dict[str, Tensor]:
     """All tensors of a checkpoint, under the names of Hugging Face's files.
+
+    Args:
+        apart: each takes memory only from its first use until it is dropped.
 
     Raises:
         ValueError: there is no file of tensors, or one is truncated or holds anything else.
@@ -92,15 +95,15 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{single}.index.json"
         if (directory / single).exists():
-            return read_named_tensors(directory / single)
+            return read_named_tensors(directory / single, apart)
         if index.exists():
-            return _read_shards(index)
+            return _read_shards(index, apart)
     raise ValueError(
         f"no weights in {directory}: want model.safetensors or pytorch_model.bin, or their index"
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, apart: bool) -> dict[str, Tensor]:
     """The tensors of all shards: each that the index names, none of them twice."""
     raw = read_object(index)
     check_types({"weight_map": raw.get("weight_map")}, {"weight_map": dict[str, str]}, f"{index}: ")
@@ -109,7 +112,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in sorted(set(places.values())):
         if not shard or printable(shard) != shard or Path(shard).name != shard:
             raise ValueError(f"{index}: shard {short(shard)} lies outside the directory")
-        part = read_named_tensors(index.with_name(shard))
+        part = read_named_tensors(index.with_name(shard), apart)
         if twice := part.keys() & tensors.keys():
             raise ValueError(f"{index}: {printable(min(twice))} lies in two shards")
         tensors |= part

@@ -32,6 +32,7 @@ COMMANDS = {
     "classify": "train an encoder to classify rows, and label rows with it",
     "generate": "continue a prompt",
     "pretrain": "train a tokenizer and a model from texts",
+    "quantize": "put a model's linear layers into 4 bits",
     "info": "table of parameters for a model and a method",
     "study": "rerun a published experiment and put its claims to the test",
     "verify": "check every file of a run",

@@ -25,6 +25,7 @@ from minigpt.training import memory
 from minigpt.training.progress import progress_bar, text_bar
 from minigpt.training.train import evaluate, train
 from peft_lite import report, storage
+from peft_lite.quantized import CODECS
 
 PROMPT = 24  # tokens
 
@@ -40,6 +41,7 @@ class Finetune(TuningOptions):
         "clm",
         choices=tuple(OBJECTIVES),
     )
+    quantize: str | None = option("hold the linear layers but the head in 4 bits", None, CODECS)
 
 
 def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
@@ -53,7 +55,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
     objective = OBJECTIVES[settings.objective]
-    model = load(directory, head=objective.head, device=device)
+    model = load(directory, objective.head, device=device, quantize=settings.quantize)
     tokenizer.check(model.config.vocab_size)
     with text_bar("tokens of the text", len(text)) as show:
         learned, rest = split_text(text, settings.heldout)

@@ -53,5 +53,5 @@ def one_of(config: Any, field: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(
             f"{field} is {short(value)}, must be one of {', '.join(allowed)}"
-            f"{nearest(value[:60], allowed)}"
+            f"{nearest(str(value)[:60], allowed)}"
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 import peft_lite
 from minigpt.settings.options import option
-from peft_lite.method import MethodSpec
+from peft_lite.method import MethodSpec, check_trains
 from peft_lite.methods import METHODS
 from peft_lite.options import Option, options_of, shown_default
 
@@ -91,6 +91,8 @@ def attach(
     """
     _check(options)
     if options.method == "full":
+        for name, p in model.named_parameters():
+            check_trains(name, p)
         model.requires_grad_(True)
         return None
     chosen = config(options)

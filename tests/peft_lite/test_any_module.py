@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 import minigpt
 import peft_lite
 from minigpt.models.linear import Linear
+from minigpt_kernels import nf4
 from peft_lite import (
     BiasConfig,
     BottleneckConfig,
@@ -26,6 +27,7 @@ from peft_lite import (
     LoraConfig,
     PrefixConfig,
     PromptConfig,
+    QuantizedLinear,
 )
 
 pytestmark = [
@@ -154,6 +156,10 @@ def with_padding(module: Any) -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
+def in_4_bits(layer: nn.Linear) -> nn.Module:
+    return QuantizedLinear(layer, nf4.quantize(layer.weight))
+
+
 LINEAR: dict[str, Make] = {
     "linear": lambda: nn.Linear(K, N),
     "without bias": lambda: nn.Linear(K, N, bias=False),
@@ -179,6 +185,8 @@ LINEAR: dict[str, Make] = {
     "pruned": lambda: prune.random_unstructured(nn.Linear(K, N), "weight", 0.5),
     "packed in int8": lambda: Packed(torch.int8),
     "packed in float8": lambda: Packed(torch.float8_e4m3fn),
+    "packed in 4 bits": lambda: in_4_bits(nn.Linear(K, N)),
+    "packed in 4 bits without bias": lambda: in_4_bits(nn.Linear(K, N, bias=False)),
     "lazy": lambda: nn.LazyLinear(N),
     "complex": lambda: nn.Linear(K, N, dtype=torch.complex64),
 }
@@ -226,6 +234,7 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
 NO_LINEAR = "matches no Linear layer"
 SHARED = {"lazy": "no shape yet", "complex": "complex numbers"}
 CODES = dict.fromkeys(("packed in int8", "packed in float8"), "is packed as torch")
+NF4 = dict.fromkeys(("packed in 4 bits", "packed in 4 bits without bias"), "is packed as torch")
 REFUSED: dict[str, dict[str, str]] = {
     "lora": SHARED,
     "dora": SHARED | CODES | {"max_norm": "rescales its rows to max_norm"},
@@ -234,10 +243,13 @@ REFUSED: dict[str, dict[str, str]] = {
     "bottleneck": SHARED | dict.fromkeys(TABLE, "holds no linear layer"),
     "parallel": dict.fromkeys(LINEAR.keys() - {"square"}, "as many inputs as outputs")
     | dict.fromkeys(TABLE, "holds no linear layer"),
-    "bias": dict.fromkeys(["without bias", *TABLE], "has no bias")
+    "bias": dict.fromkeys(["without bias", "packed in 4 bits without bias", *TABLE], "has no bias")
     | {"lazy": "uninitialized parameter"},
-    "freeze": CODES | {"lazy": "uninitialized parameter"},
+    "freeze": CODES
+    | dict.fromkeys(NF4, "is packed as torch")
+    | {"lazy": "uninitialized parameter"},
     "whole": CODES
+    | NF4
     | {"lazy": "uninitialized parameter", "complex": "complex numbers"}
     | {"forward of the instance": "the forward pass of a copy of Linear is this one's"}
     | dict.fromkeys(["old weight norm", "pruned"], "Linear cannot be copied: Only Tensors"),
