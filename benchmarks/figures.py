@@ -32,6 +32,8 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "lora_linear_errors.csv": ("kernels",),
     "clipped_update_cpu.csv": ("kernels",),
     "clipped_update_gpu.csv": ("kernels",),
+    "nf4.csv": ("kernels",),
+    "qlora.csv": (*TRAINING, "minigpt/checkpoints"),
     "probe.csv": (),  # of the machine, not of this project's code
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import clipped_update, lora_tables
+from benchmarks import clipped_update, lora_tables, nf4
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
 from benchmarks.figures import provenance
 from benchmarks.methods import FULL, PEFT
@@ -201,6 +201,33 @@ def real_model(folder: Path) -> str:
     return "\n\n".join([REAL, measured_on(facts), "\n".join(lines)])
 
 
+NF4 = """\
+A linear layer (out x in) whose weight has 4 bits, in float32; `forward` alone, and `both`, forward
+and backward to the input.  Medians in milliseconds, and ours over bitsandbytes, round by round.
+`dense` is the product with a dense weight alone, in float32 and in bfloat16, `read` one pass over
+the packed bytes: what the machine can do.  Load is the time to quantise."""
+
+
+def four_bits(folder: Path) -> str:
+    """A line for each shape and number of rows, a column for each side."""
+    path = folder / "nf4.csv"
+    if not path.exists():
+        return "Not measured yet: `python -m benchmarks.nf4` does."
+    facts, rows = read(path)
+    sides = _values(rows, "side")
+    columns = ["", *sides, f"{OURS} / {nf4.BNB}", "quartiles"]
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    for task in dict.fromkeys((r["shape"], r["rows"], r["what"]) for r in rows):
+        shape, count, what = task
+        taken = [r for r in rows if (r["shape"], r["rows"], r["what"]) == task]
+        seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
+        cells = [f"{1e3 * quartiles(seconds[s])[1]:.3g}" if seconds[s] else "" for s in sides]
+        name = f"{shape}, {what}" + (f", rows {count}" if what != "load" else "")
+        ratios = _against_best(seconds[OURS], [seconds[nf4.BNB]])
+        lines.append(_row([name, *cells, *ratios]))
+    return "\n\n".join([NF4, measured_on(facts), "\n".join(lines)])
+
+
 def _paper() -> str:
     lines = [_row(["", *PAPER]), _row(["---", *["---:"] * len(PAPER)])]
     for name, shapes in clipped_update.SETS.items():
@@ -321,6 +348,7 @@ def full(folder: Path) -> str:
     text += ["### What each method costs", "", COSTS, "", measured_on(facts), ""]
     text += [costs(method_steps, method_bytes)]
     text += ["", "### A pretrained model", "", real_model(folder)]
+    text += ["", "### A weight of 4 bits", "", four_bits(folder)]
     text += ["", "### Clip and update", "", clip_and_update(folder)]
     return "\n".join(text)
 

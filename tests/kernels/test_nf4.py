@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from torch.nn.functional import linear
 from minigpt_kernels import nf4
 from minigpt_kernels.nf4 import CODES, SCALE_CODES, Quantized, dequantize, quantize, scales_of
 from minigpt_kernels.nf4_linear import nf4_linear
+from tests.conftest import real_data
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "nf4"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((64, 64), (48, 576), (3, 7), (5, 64), (33, 65), (31, 33), (200, 300), (1, 129))
 
@@ -128,11 +127,10 @@ def test_bits_of_a_weight() -> None:
     assert 8 * plain.nbytes / plain.shape.numel() == 4.5
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the golden values")
 def test_golden_values() -> None:
     content, meta = (
-        load_file(SHARED / "golden.safetensors"),
-        json.loads((SHARED / "meta.json").read_text()),
+        load_file(real_data("nf4", "golden.safetensors")),
+        json.loads(real_data("nf4", "meta.json").read_text()),
     )
     seen = 0
     for name, about in meta.items():
@@ -157,9 +155,8 @@ def test_golden_values() -> None:
     assert seen == 4
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the published errors")
 def test_the_mean_error_is_the_published_one() -> None:
-    published = json.loads((SHARED / "bnb_test_errors.json").read_text())
+    published = json.loads(real_data("nf4", "bnb_test_errors.json").read_text())
     for block, (mean, deviation) in zip(
         published["blocksizes"], published["nf4"]["abs"], strict=True
     ):
