@@ -34,6 +34,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "clipped_update_gpu.csv": ("kernels",),
     "nf4.csv": ("kernels",),
     "qlora.csv": (*TRAINING, "minigpt/checkpoints"),
+    "qlora_four_layers.csv": (*TRAINING, "minigpt/checkpoints"),
     "probe.csv": (),  # of the machine, not of this project's code
 }
 

@@ -1,0 +1,66 @@
+"""The benchmark of QLoRA on a tiny shape: both sides run, and a run that was cut off goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minigpt
+import peft_lite
+from benchmarks import qlora
+from tools import random_checkpoint
+
+TINY: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "model"
+    random_checkpoint.write(out, 2, **TINY)
+    return out
+
+
+def test_a_random_checkpoint_is_one_shard_a_block(tiny: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert len(list(tiny.glob("*.safetensors"))) == 3
+    model = minigpt.load(tiny)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert model.config.sliding_window == 4096
+
+
+def test_the_shape_is_the_named_one() -> None:
+    architecture = random_checkpoint.ARCHITECTURES["mistral"]
+    config = architecture.config(**random_checkpoint.VISTRAL, num_hidden_layers=32)
+    model = architecture.outline(config, "causal-lm")
+    assert peft_lite.report(model).total == 7_293_906_944
+    peft_lite.attach(model, peft_lite.LoraConfig("all-linear", r=qlora.RANK))
+    assert peft_lite.report(model).trainable == 167_772_160
+
+
+def test_a_run_that_was_cut_off_goes_on(tiny: Path, tmp_path: Path) -> None:
+    rows = qlora.numbered(1, lambda: qlora.ours(tiny, 8, 4, tmp_path))
+    assert [row["what"] for row in rows] == ["load", *["step"] * 3, "adapter"]
+    assert all(int(str(row["anonymous_bytes"])) <= int(str(row["peak_bytes"])) for row in rows)
+    again = qlora.ours(tiny, 8, 4, tmp_path, resume=True)
+    assert [row["what"] for row in again] == ["load", *["resumed step"] * 2, "adapter"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_other_side_runs(tiny: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.compiler.set_stance("force_eager")
+    try:
+        rows = qlora.numbered(2, lambda: qlora.theirs(tiny, 8, 2))
+    finally:
+        torch.compiler.set_stance("default")
+    assert [(row["what"], row["round"]) for row in rows] == [("load", 2), ("step", 2)]
