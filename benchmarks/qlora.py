@@ -169,7 +169,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where 15 GB have room (default: the system's)")
     given = parser.parse_args()
     layers, length, file = PARTS[given.part]
-    run = partial(fresh, given.threads)
+
+    def run(function: Callable[..., Rows], *arguments: Any, **named: Any) -> Rows:
+        return fresh(given.threads, function, *arguments, **named)
+
     with checkpoint(layers, given.folder) as directory:
         measures: dict[str, Callable[[], Rows]] = {}
         if given.part == "whole":

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .backend import refuse_in_capture, resolve
+from .paged import DeviceMemory
 
 if TYPE_CHECKING:
     from .update_triton import Launches
@@ -87,6 +88,7 @@ class _Clipped(Optimizer):
     """What the two optimizers share: their settings' checks, and a step made of two halves."""
 
     backend: str
+    memory = DeviceMemory()
     _launches: "Launches | None" = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
@@ -120,7 +122,7 @@ class _Clipped(Optimizer):
         launches = self._prepare(entries)
         if launches is None:
             return self._update(entries, squares(entries).sum())
-        return launches.update(launches.squares(counts=True))
+        return self._launch(launches, entries, launches.squares(counts=True))
 
     @untraced
     @torch.no_grad()
@@ -140,7 +142,7 @@ class _Clipped(Optimizer):
             return self._update(entries, total)
         if steps := [e.step for e in entries if e.step is not None]:
             torch._foreach_add_(steps, 1)
-        return launches.update(total.reshape(1).float())
+        return self._launch(launches, entries, total.reshape(1).float())
 
     def write_settings(self) -> None:
         """Brings the settings in `param_groups` to the device, where a captured CUDA graph reads
@@ -197,6 +199,14 @@ class _Clipped(Optimizer):
         self._launches.take(entries, self._numbers())
         return self._launches
 
+    def _launch(self, launches: "Launches", entries: list[Entry], parts: Tensor) -> Tensor:
+        """Clips by sqrt(sum of parts) and updates, by Triton, once it has taken the entries."""
+        for some in self.memory.turns(entries):
+            if some is not entries:
+                launches.take(some, self._numbers())
+            norm = launches.update(parts)
+        return norm
+
     def _numbers(self) -> list[list[float]]:
         """Each group's settings as the kernel reads them."""
         raise NotImplementedError
@@ -206,7 +216,7 @@ class _Clipped(Optimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        return {**super().__getstate__(), "backend": self.backend, "memory": self.memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The state of a copy, or, without defaults, the one that `load_state_dict` has read."""
@@ -233,6 +243,7 @@ class ClippedAdamW(_Clipped):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW; numbers.
         max_norm: c; like the others it may be changed between steps, in `param_groups`.
         backend: "auto", "torch" or "triton".
+        memory: where m and v live: beside their parameters, or paged (kernels/paged.py).
 
     Raises:
         ValueError: a setting is out of its range; a step checks it again.
@@ -247,7 +258,9 @@ class ClippedAdamW(_Clipped):
         weight_decay: float = 0.01,
         max_norm: float = 1.0,
         backend: str = "auto",
+        memory: DeviceMemory | None = None,
     ) -> None:
+        self.memory = memory or self.memory
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "max_norm": max_norm}, backend)
 
@@ -256,12 +269,13 @@ class ClippedAdamW(_Clipped):
         state = self.state[p]
         if not state:
             refuse_in_capture(p.device)
-            state.update(fresh_state(p))
+            state.update(fresh_state(p, self.memory))
         m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        home = self.memory.device(p)
         fits = m.shape == v.shape == p.shape and t.dim() == 0 and t.dtype == torch.float32
-        if not (fits and m.device == v.device == t.device == p.device):
+        if not (fits and m.device == v.device == home and t.device == p.device):
             for name in STATE:
-                check_state(name, state[name], p, p.device)
+                check_state(name, state[name], p, p.device if name == "step" else home)
         entry.moments, entry.step = (m, v), t
         return entry
 
@@ -278,10 +292,15 @@ class ClippedAdamW(_Clipped):
                 for value in values.values():
                     value.zero_()
         for p, values in state.items():
-            self.state[p] = self.state.get(p) or fresh_state(p)
-            for name, value in values.items():
-                self.state[p][name].copy_(torch.as_tensor(value))
+            self.set_state(p, values)
         return self.state
+
+    @torch.no_grad()
+    def set_state(self, p: Tensor, values: Mapping[str, Any]) -> None:
+        """Copies m, v and t, by torch's names, to where those of p live."""
+        self.state[p] = self.state.get(p) or fresh_state(p, self.memory)
+        for name, value in values.items():
+            self.state[p][name].copy_(torch.as_tensor(value))
 
     def _numbers(self) -> list[list[float]]:
         names = ("lr", "max_norm", "eps", "weight_decay")
@@ -289,14 +308,15 @@ class ClippedAdamW(_Clipped):
 
     def _update(self, entries: list[Entry], total: Tensor) -> Tensor:
         norm = total.sqrt()
-        fused: dict[tuple[int, torch.dtype], list[Entry]] = {}
-        for entry in entries:
-            if entry.plain(FUSED):
-                fused.setdefault((entry.group, entry.theta.dtype), []).append(entry)
-            else:
-                adamw(entry, self.param_groups[entry.group], norm)
-        for (group, _), some in fused.items():
-            fused_adamw(some, self.param_groups[group], norm)
+        for turn in self.memory.turns(entries):
+            fused: dict[tuple[int, torch.dtype], list[Entry]] = {}
+            for entry in turn:
+                if entry.plain(FUSED):
+                    fused.setdefault((entry.group, entry.theta.dtype), []).append(entry)
+                else:
+                    adamw(entry, self.param_groups[entry.group], norm)
+            for (group, _), some in fused.items():
+                fused_adamw(some, self.param_groups[group], norm)
         return norm
 
 
@@ -394,14 +414,10 @@ def write_where(finite: Tensor, old: Iterable[Tensor], new: Iterable[Tensor]) ->
         x.copy_(torch.where(finite, value.to(x.dtype), x))
 
 
-def fresh_state(p: Tensor) -> dict[str, Tensor]:
+def fresh_state(p: Tensor, memory: DeviceMemory) -> dict[str, Tensor]:
     """AdamW's state before the first step."""
-    zeros = functools.partial(torch.zeros, device=p.device)
-    return {
-        "step": zeros(()),
-        "exp_avg": zeros(p.shape, dtype=p.dtype),
-        "exp_avg_sq": zeros(p.shape, dtype=p.dtype),
-    }
+    step = torch.zeros((), device=p.device)
+    return {"step": step, "exp_avg": memory.zeros(p), "exp_avg_sq": memory.zeros(p)}
 
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

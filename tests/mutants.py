@@ -583,8 +583,8 @@ MUTANTS = [
         "a loaded state replaces the tensors of the old one",
         "torch",
         "kernels/update.py",
-        "self.state[p] = self.state.get(p) or fresh_state(p)",
-        "self.state[p] = fresh_state(p)",
+        "self.state[p] = self.state.get(p) or fresh_state(p, self.memory)",
+        "self.state[p] = fresh_state(p, self.memory)",
         "test_update",
     ),
     mutant(

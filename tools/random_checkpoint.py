@@ -35,7 +35,7 @@ DEVIATION = 0.02
 
 
 def shards(model: Model) -> Iterator[dict[str, Tensor]]:
-    """The tensors of an outline in bfloat16: first those outside the blocks, then one block each."""
+    """The tensors of an outline in bfloat16: first those outside the blocks, then block by block."""
     random = torch.Generator().manual_seed(0)
     names: dict[str, list[str]] = {}
     for name in dict(model.named_parameters()):
@@ -58,12 +58,12 @@ def write(out: Path, layers: int, **shape: Any) -> None:
     model = architecture.outline(config, "causal-lm")
     out.mkdir(parents=True)
     storage.write_json(out / "config.json", {**config_json(model), "torch_dtype": "bfloat16"})
-    places = {}
+    places: dict[str, str] = {}
     for i, tensors in enumerate(shards(model)):
         file = f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors"
         storage.write_tensors(out / file, tensors)
         places |= dict.fromkeys(tensors, file)
-    storage.write_json(out / "model.safetensors.index.json", {"weight_map": places})
+    storage.write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from minigpt.settings.device import DeviceOption
 from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
 from minigpt.settings.training import TrainingOptions
-from minigpt.training import memory
-from minigpt.training.train import Row, checkpoint_activations
+from minigpt.training import loraplus, memory
+from minigpt.training.train import Row, checkpoint_activations, trained
 from peft_lite import storage
 
 # beside a config.json transformers would look for a whole model
@@ -33,6 +33,7 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
         "peak rate (default: by method, " + ", ".join(f"{m} {lr:g}" for m, lr in LR.items()) + ")",
         None,
     )
+    loraplus_lr_ratio: float | None = option("lora, dora: B learns at X times A's rate", None)
     checkpoint_activations: bool = option("less memory, more time", False)
 
     def with_rate(self) -> Self:
@@ -43,9 +44,11 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
         """Puts the method on the model, as `methods.attach`.
 
         Raises:
-            ValueError: the method does not fit, or rows are longer than the model has positions.
+            ValueError: the method does not fit, it has no B that LoRA+ could train faster, or rows
+                are longer than the model has positions.
         """
         handle = methods.attach(model, self, whole)
+        loraplus.groups(trained(model), self.loraplus_lr_ratio)
         if self.sequence_length > model.max_tokens:
             raise ValueError(
                 f"--sequence-length is {self.sequence_length}, there are "

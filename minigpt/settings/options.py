@@ -7,15 +7,29 @@ from dataclasses import MISSING, Field, field, fields
 from typing import Any, get_args, get_type_hints
 
 
-def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a settings dataclass with its text for `--help`."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    help: str,
+    default: Any = MISSING,
+    choices: tuple[str, ...] | None = None,
+    free: bool = False,
+) -> Any:
+    """A field of a settings dataclass with its text for `--help`.
+
+    Args:
+        free: no bit of a result depends on it: a run may be continued with another value.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "free": free})
+
+
+def free(settings: type) -> set[str]:
+    """The names of the free settings."""
+    return {f.name for f in fields(settings) if f.metadata.get("free")}
 
 
 def with_default(settings: type, name: str, default: Any, help: str | None = None) -> Any:
     """The option `name` of another class, with another default, and its own help where given."""
     (f,) = (f for f in fields(settings) if f.name == name)
-    return option(help or f.metadata["help"], default, f.metadata["choices"])
+    return option(help or f.metadata["help"], default, f.metadata["choices"], f.metadata["free"])
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from minigpt.settings.lock import LOCK
+from minigpt.settings.options import free
 
 ENVIRONMENT = ("threads", "versions", "machine")  # minigpt/settings/manifest.py
 S = TypeVar("S")
@@ -25,8 +26,8 @@ def settle(kind: type[S], command: str, given: dict[str, Any], out: Path, resume
     """The settings of a run: the defaults, then the stored run's on `resume`, then the given ones.
 
     Raises:
-        ValueError: OUT holds something else, a given value contradicts the stored one, or one that
-            has no default is missing.
+        ValueError: OUT holds something else, a given value that is not free contradicts the stored
+            one, or one that has no default is missing.
     """
     stored: dict[str, Any] = {}
     if (out / "run.json").exists():
@@ -35,7 +36,7 @@ def settle(kind: type[S], command: str, given: dict[str, Any], out: Path, resume
                 f"{out} holds another run: continue it with --resume, or choose another --out"
             )
         stored = _settings(kind, command, out)
-        for name in stored.keys() & given.keys():
+        for name in (stored.keys() & given.keys()) - free(kind):
             if given[name] != stored[name]:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(

@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from minigpt.settings.options import free
 from minigpt.training import snapshot
+from minigpt_kernels import ClippedAdamW
 from peft_lite import storage
 
 
@@ -27,14 +28,15 @@ class Record:
         directory: Path,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: ClippedAdamW,
         config: Any,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics = directory / "metrics.jsonl"
         self.snapshots = directory / "snapshots"
         self.parameters, self.optimizer = parameters, optimizer
-        settings = json.loads(json.dumps(asdict(config), default=str))
+        deciding = {n: v for n, v in asdict(config).items() if n not in free(type(config))}
+        settings = json.loads(json.dumps(deciding, default=str))
         self.run = {"settings": settings, "frozen": snapshot.fingerprint(model)}
         self.rows = hashlib.sha256()  # of the rows so far
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minigpt_kernels import ClippedAdamW
 from peft_lite import storage
 from peft_lite.json_files import parse_object, printable
 
@@ -49,7 +50,7 @@ def save(
     folder: Path,
     step: int,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: ClippedAdamW,
     run: Mapping[str, Any],
 ) -> None:
     """Writes the state after `step` updates and drops all but the last `KEPT` files.
@@ -93,7 +94,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def restore(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: ClippedAdamW,
     run: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """Restores the newest whole snapshot; returns the state in its header, None without one.
@@ -115,11 +116,12 @@ def restore(
         for name, p in parameters.items():
             with torch.no_grad():
                 p.copy_(tensors[f"parameter.{name}"])
-            optimizer.state[p] = {
-                key: tensors[entry].to(p.device)
+            if values := {
+                key: tensors[entry]
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if (entry := f"optimizer.{key}.{name}") in tensors
-            }
+            }:
+                optimizer.set_state(p, values)
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])

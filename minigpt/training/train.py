@@ -6,7 +6,8 @@ A step, in this order (`training_step`):
     record               |g|, the norm over all trainable tensors, before clipping
     clip                 g <- g min(1, c / (|g| + 1e-6))          c = max_norm, from step T_0 on
     optimizer            AdamW, Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101
-    schedule             the rate of the next update (minigpt/training/schedule.py)
+    schedule             the rate of the next update (minigpt/training/schedule.py), which LoRA+
+                         multiplies for B (minigpt/training/loraplus.py)
 """
 
 import math
@@ -25,10 +26,11 @@ from minigpt.data.text import IGNORED, Batch, moved
 from minigpt.models.config import one_of, positive
 from minigpt.models.mode import mode
 from minigpt.settings.options import option
-from minigpt.training import schedule
+from minigpt.training import loraplus, schedule
 from minigpt.training.interrupt import Interrupted, stop_requested
 from minigpt.training.record import Record
 from minigpt_kernels import ClippedAdamW
+from minigpt_kernels.paged import paged_memory
 
 Loss = Callable[[Any, Batch], Tensor]
 Row = dict[str, float]
@@ -48,15 +50,19 @@ class TrainConfig:
     eps: float = 1e-8
     max_norm: float | None = option("clip the gradient norm to this", 1.0)
     clip_from: int = 0  # number of first updates that are not clipped, T_0
+    loraplus_lr_ratio: float | None = None  # B's rate is this times A's: LoRA+
     accumulate: int = option("batches in an update", 1)
     bf16: bool = option("compute in bfloat16 where it is safe", False)
+    paged: bool = option(
+        "page the optimizer's state out of a GPU, or on a CPU to a file", False, free=True
+    )
     evaluate_every: int = option("steps between two held-out losses, 0: none", 0)
     snapshot_every: int = option("steps between two snapshots to resume from, 0: none", 0)
 
     def __post_init__(self) -> None:
         positive(self, "steps", "accumulate")
         one_of(self, "schedule", schedule.SCHEDULES)
-        for field in ("lr", "eps", "max_norm"):
+        for field in ("lr", "eps", "max_norm", "loraplus_lr_ratio"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value}, must be a positive number")
@@ -83,7 +89,7 @@ class TrainConfig:
         return self.steps if self.schedule_steps is None else self.schedule_steps
 
     def rate(self, t: int) -> float:
-        """Learning rate of the update that follows `t` others."""
+        """Learning rate of the update that follows `t` others; in LoRA+ that of A."""
         factor = schedule.factor(self.schedule, t, self.warmup_steps, self.schedule_length)
         return self.lr * factor
 
@@ -135,18 +141,23 @@ def train(
 
     Raises:
         ValueError: nothing is trainable, the loss or the gradient became NaN or infinite, the
-            snapshot belongs to another run, or the metrics are damaged.
+            snapshot belongs to another run, the metrics are damaged, or there is no room for the
+            paged state.
         Interrupted: SIGINT or SIGTERM came; with a directory, a snapshot was written first.
     """
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    parameters = trained(model)
     if not parameters:
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
+    folder = None if directory is None else Path(directory)
     optimizer = ClippedAdamW(
-        parameters.values(), config.lr, config.betas, config.eps, config.weight_decay
+        loraplus.groups(parameters, config.loraplus_lr_ratio),
+        config.lr,
+        config.betas,
+        config.eps,
+        config.weight_decay,
+        memory=paged_memory([*parameters.values()], folder) if config.paged else None,
     )
-    record = None
-    if directory is not None:
-        record = Record(Path(directory), model, parameters, optimizer, config)
+    record = Record(folder, model, parameters, optimizer, config) if folder else None
     rows = record.restore() if record and resume else []
     if record and not resume:
         record.start()
@@ -203,7 +214,7 @@ def training_step(
     """
     lr = config.rate(t)
     for group in optimizer.param_groups:
-        group["lr"], group["max_norm"] = lr, config.limit(t)
+        group["lr"], group["max_norm"] = lr * group.get("factor", 1.0), config.limit(t)
     total = _backward(model, loss, micro, config.bf16)
     squares = optimizer.sum_of_squares()
     norm = squares.sqrt().item()
@@ -250,6 +261,11 @@ def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool 
     if n == 0:
         raise ValueError("nothing to evaluate: the batches have no label")
     return total / n
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:

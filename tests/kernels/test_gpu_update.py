@@ -11,6 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from minigpt_kernels import ClippedAdamW, ClippedSGD
+from minigpt_kernels.paged import PinnedMemory
 from tests.kernels import update_checks as checks
 from tests.kernels.update_checks import close, parameters, set_grads, twins
 
@@ -101,6 +102,30 @@ def test_a_step_is_two_launches_and_nothing_else(kind: type) -> None:
     on_gpu = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [name for name in on_gpu if not name.startswith("Optimizer.")]  # torch's own label
     assert len(kernels) == 2, kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_state_gives_the_same_bits_and_leaves_the_gpu(dtype: torch.dtype) -> None:
+    shapes = [*checks.SHAPES, *[(2**22,)] * 12]
+    plain = [nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes, "cuda")]
+    paged = twins(plain)
+    optimizers, used = [], []
+    for params, memory in ((plain, None), (paged, PinnedMemory())):
+        optimizer = ClippedAdamW(params, 1e-2, max_norm=0.5, memory=memory)
+        before = torch.cuda.memory_allocated()
+        for step in range(4):
+            set_grads(step, params)
+            optimizer.step() if step % 2 else optimizer.update(optimizer.sum_of_squares())
+            optimizer.zero_grad()
+        used.append(torch.cuda.memory_allocated() - before)
+        optimizers.append(optimizer)
+    for p, q in zip(plain, paged, strict=True):
+        assert torch.equal(p, q)
+        for name, value in optimizers[1].state[q].items():
+            assert torch.equal(optimizers[0].state[p][name].cpu(), value.cpu())
+            assert name == "step" or value.is_pinned() or not value.numel()
+    assert used[0] > 24 * 2**22 * plain[0].itemsize
+    assert used[1] < 2**20
 
 
 def test_a_captured_step_counts_and_follows_the_settings() -> None:

@@ -34,7 +34,7 @@ def set_grads(step: int, *lists: list[nn.Parameter], size: float = 1.0) -> None:
     for group in zip(*lists, strict=True):
         grad = size * torch.randn(group[0].shape, generator=random)
         for p in group:
-            p.grad = grad.to(p.device, copy=True)
+            p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
 def close(ours: list[nn.Parameter], theirs: list[nn.Parameter], ulps: float) -> None:

@@ -24,7 +24,8 @@ def test_the_settings_of_a_command_are_those_of_the_loop(kind: type) -> None:
     assert isinstance(command(kind), TrainConfig)
     offered = {f.name for f in fields(kind) if "help" in f.metadata}
     every = {f.name for f in fields(TrainConfig)}
-    assert every - offered == {"betas", "eps", "clip_from"}
+    fixed = {"betas", "eps", "clip_from"}
+    assert every - offered == (fixed if kind is Finetune else {*fixed, "loraplus_lr_ratio"})
 
 
 def test_a_study_takes_its_settings_of_training_from_the_same_place() -> None:

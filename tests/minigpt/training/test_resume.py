@@ -30,6 +30,7 @@ from minigpt.objectives.causal import language_model_loss
 from minigpt.training import snapshot
 from minigpt.training.interrupt import stop_requested
 from minigpt.training.train import Interrupted, Row
+from minigpt_kernels import ClippedAdamW
 from peft_lite import storage
 from tests import tiny
 from tests.processes import Command
@@ -256,7 +257,7 @@ def test_snapshot_of_other_settings_is_refused(tmp_path: Path) -> None:
 def test_the_newest_snapshots_are_those_of_the_highest_steps(tmp_path: Path) -> None:
     model = new_model()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values())
+    optimizer = ClippedAdamW(parameters.values())
     run = {"frozen": "", "settings": {}}
     (tmp_path / "step-x.safetensors").write_text("somebody's")
     for step in (999_998, 999_999, 1_000_000, 1_000_001, 10_000_000):
