@@ -35,7 +35,7 @@ DEVIATION = 0.02
 
 
 def shards(model: Model) -> Iterator[dict[str, Tensor]]:
-    """The tensors of an outline in bfloat16: first those outside the blocks, then block by block."""
+    """The tensors of an outline in bfloat16: those outside the blocks, then block by block."""
     random = torch.Generator().manual_seed(0)
     names: dict[str, list[str]] = {}
     for name in dict(model.named_parameters()):
