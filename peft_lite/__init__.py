@@ -10,6 +10,7 @@ from peft_lite.dora import DoraConfig
 from peft_lite.freeze import FreezeConfig
 from peft_lite.handle import Handle
 from peft_lite.ia3 import IA3Config
+from peft_lite.loftq import attach_quantized
 from peft_lite.lora import LoraConfig
 from peft_lite.methods import METHODS
 from peft_lite.prefix import PrefixConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "Trainability",
     "attach",
+    "attach_quantized",
     "check_trainable",
     "load",
     "quantize",

@@ -33,16 +33,16 @@ def weighted_sum(parts: Mapping[str, Method], weights: Mapping[str, float]) -> M
     wrappers: dict[str, Wrapper] = {}
     for place in places:
         summands = [
-            (weights[name] * w.scaling, w)
+            (weights[name] * w.scaling, w.layer, *w.factors())
             for name, part in parts.items()
             if isinstance(w := part.wrappers.get(place), LoraLayer)
         ]
-        a = torch.cat([w.lora_a for _, w in summands])
-        b = torch.cat([factor * w.lora_b for factor, w in summands], 1)
-        first, r = summands[0][1], len(a)
+        a = torch.cat([A for _, _, A, _ in summands])
+        b = torch.cat([factor * B for factor, _, _, B in summands], 1)
+        base, r = summands[0][1], len(a)
         config = LoraConfig([place], r=r, lora_alpha=r)
-        kind = LoraLinear if isinstance(first.layer, nn.Linear) else LoraEmbedding
-        wrappers[place] = layer = kind(first.layer, r, r, config)
+        kind = LoraLinear if isinstance(base, nn.Linear) else LoraEmbedding
+        wrappers[place] = layer = kind(base, r, r, config)
         layer.lora_a.copy_(a)
         layer.lora_b.copy_(b)
     r = max(len(w.lora_a) for w in wrappers.values() if isinstance(w, LoraLayer))

@@ -58,7 +58,8 @@ class DoraLinear(LoraLinear):
             return torch.linalg.vector_norm(dense_weight(self.layer) + self.delta(), dim=1)
 
     def changed(self, x: Tensor) -> Tensor:
-        A, B, s, p = self.lora_a, self.lora_b, self.scaling, self.dropout if self.training else 0.0
+        A, B = self.factors()
+        s, p = self.scaling, self.dropout if self.training else 0.0
         W = plain_linear(self.base)
         if W is None:
             return self.add_update(self.base(x), x)

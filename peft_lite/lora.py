@@ -10,7 +10,8 @@ An embedding table E (V, D) is the layer of the one-hot rows:
 
     E' = E + s (B A)^T    y = E[id] + s A^T[id] B^T     A (R, V) zero, B (D, R) normal
 
-R (in + out) parameters for each layer.  A and B are float32 (float64 under a float64 layer)
+R (in + out) parameters for each layer.  `init_lora_weights` starts A and B elsewhere
+(peft_lite/starts.py, peft_lite/loftq.py).  A and B are float32 (float64 under a float64 layer)
 whatever the layer's dtype; the products run in the dtype of x, and y has it too.
 
 Shapes:  R rank   in, out: the layer's widths   V, D: the table's
@@ -37,14 +38,22 @@ from peft_lite.select import (
     check_layers,
     check_patterns,
     in_layers,
+    nearest,
     resolve_pattern,
     select_modules,
 )
+from peft_lite.starts import STARTS
 from peft_lite.wrapper import WeightWrapper, Wrapper, dense_weight, is_dense, wide, without_autocast
 
 MAX = torch.finfo(torch.float32).max
+START_NAMES = (*STARTS, "loftq")
 
 logger = logging.getLogger(__name__)
+
+
+def start_named(name: str) -> str | bool:
+    """The word of a command -> `init_lora_weights`."""
+    return True if name == "true" else name
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,9 @@ class LoraConfig:
         r, lora_alpha: rank R and the numerator of s.
         lora_dropout: probability of dropping an input of A while training (not of an embedding).
         use_rslora: s = alpha / sqrt(R).
+        init_lora_weights: where A and B start.  True: as above; "pissa" or "olora": at a part of W,
+            linear layers only (peft_lite/starts.py); "loftq": at what 4 bits lose of W, by
+            `attach_quantized` only (peft_lite/loftq.py).
         rank_pattern, alpha_pattern: other values for the layers whose name ends in a key (a regular
             expression).
         layers_to_transform: numbers of the blocks to target; None: all.
@@ -74,6 +86,17 @@ class LoraConfig:
         default=0.0, metadata=option("lora_dropout", "dropout before A", float)
     )
     use_rslora: bool = False
+    init_lora_weights: bool | str = field(
+        default=True,
+        metadata=option(
+            "init_lora_weights",
+            "start of A and B: random and zero, or a part of the weight",
+            str,
+            shown="true",
+            choices=("true", *STARTS),
+            read=start_named,
+        ),
+    )
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: Sequence[int] | int | None = field(
@@ -93,6 +116,13 @@ class LoraConfig:
                 raise ValueError(f"{name} is {pattern!r}, must be a dictionary with names as keys")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora is {self.use_rslora!r}, must be true or false")
+        start = self.init_lora_weights
+        if start is not True and start not in START_NAMES:
+            names = ", ".join(map(repr, START_NAMES))
+            raise ValueError(
+                f"init_lora_weights is {start!r}, must be True, {names}"
+                f"{nearest(str(start), START_NAMES)}"
+            )
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"rank r is {r!r}, must be a whole number of at least 1 (an int)")
@@ -120,11 +150,14 @@ class LoraLayer(WeightWrapper):
 
     Attributes:
         lora_a, lora_b: A (R, in) and B (out, R).
+        start_a, start_b: A0 and B0, where W' = W + s (B A - B0 A0); None: W' = W + s B A.
         rows: inside `handle.rows`, the rows of the batch that this adapter changes and the size
             of that batch; None: it changes all.
     """
 
     takes_rows = True
+    start_a: Tensor | None
+    start_b: Tensor | None
 
     def __init__(
         self, base: nn.Module, inputs: int, outputs: int, r: int, alpha: float, rslora: bool
@@ -134,6 +167,8 @@ class LoraLayer(WeightWrapper):
         dtype, device = wide(weight.dtype), weight.device
         self.lora_a = nn.Parameter(torch.zeros(r, inputs, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, r, dtype=dtype, device=device))
+        self.register_buffer("start_a", None)
+        self.register_buffer("start_b", None)
         self.alpha = alpha
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.rows: tuple[Tensor, int] | None = None
@@ -160,6 +195,14 @@ class LoraLayer(WeightWrapper):
         """The layer's output, given the base's output y for the same x."""
         return y + self.update(x).to(y.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the change s B A of W, those of its file."""
+        A, B, A0, B0 = self.lora_a, self.lora_b, self.start_a, self.start_b
+        if A0 is None or B0 is None:
+            return A, B
+        # s (B A - B0 A0) = s [B, B - B0] [A - A0; A0]
+        return torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1)
+
     def update(self, x: Tensor) -> Tensor:
         """What A and B give for x."""
         raise NotImplementedError
@@ -184,24 +227,33 @@ class LoraLinear(LoraLayer):
         self.dropout = config.lora_dropout
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.lora_a, -bound, bound)
+        if start := STARTS.get(str(config.init_lora_weights)):
+            with torch.no_grad():
+                A0, B0 = start(dense_weight(self.layer), r, self.scaling)
+                self.start_a, self.start_b = A0, B0
+                self.lora_a.copy_(A0)
+                self.lora_b.copy_(B0)
 
     def changed(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        A, B, s, p = self.lora_a, self.lora_b, self.scaling, self.dropout if self.training else 0.0
+        A, B = self.factors()
+        s, p = self.scaling, self.dropout if self.training else 0.0
         W = plain_linear(self.base)
         # y = base(x) + s (drop(x) A^T) B^T, in one fused product where base(x) is x W^T + b
         return lora_linear(x, *W, A, B, s, p) if W else self.add_update(self.base(x), x)
 
     def update(self, x: Tensor) -> Tensor:
         """s (drop(x) A^T) B^T"""
-        A, B = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        A, B = (factor.to(x.dtype) for factor in self.factors())
         return self.scaling * (F.dropout(x, self.dropout, self.training) @ A.T @ B.T)
 
     def delta(self) -> Tensor:
-        return self.scaling * product(self.lora_b, self.lora_a)
+        A, B = self.factors()
+        return self.scaling * product(B, A)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"lora_A.weight": self.lora_a.data, "lora_B.weight": self.lora_b.data}
+        A, B = self.factors()
+        return {"lora_A.weight": A.data, "lora_B.weight": B.data}
 
 
 class LoraEmbedding(LoraLayer):
@@ -245,6 +297,10 @@ def build(
     embedding: type[LoraEmbedding] = LoraEmbedding,
 ) -> Method:
     """A LoRA layer for each layer that the config names; the model itself is not touched."""
+    if config.init_lora_weights == "loftq":
+        raise ValueError(
+            "init_lora_weights 'loftq' puts the base into 4 bits: call attach_quantized instead"
+        )
     layers = select_modules(model, config.target_modules, (nn.Linear, nn.Embedding))
     if config.target_modules == "all-linear":
         layers = saved.beside(model, config.modules_to_save, layers)
@@ -262,7 +318,9 @@ def build(
     wrappers: dict[str, Wrapper] = {}
     for name, layer in layers.items():
         r, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
-        if r > min(dense_shape(layer)):
+        if config.init_lora_weights is not True:
+            check_start(name, layer, r, config.init_lora_weights)
+        elif r > min(dense_shape(layer)):
             logger.warning("%s: rank %d is above what its %s can use", name, r, layer)
         kind = linear if isinstance(layer, nn.Linear) else embedding
         wrappers[name] = kind(layer, r, alpha, config)
@@ -273,6 +331,20 @@ def build(
         weights = bias.of_layers(layers)
     wrappers = saved.add(model, config.modules_to_save, wrappers)
     return Method("lora", config, wrappers, saved.outside(weights, wrappers))
+
+
+def check_start(name: str, layer: nn.Module, r: int, start: bool | str) -> None:
+    """Refuses a layer whose weight cannot give A and B their start."""
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{name} is no linear layer: init_lora_weights {start!r} cannot start it")
+    if r > (most := min(dense_shape(layer))):
+        raise ValueError(
+            f"{name}: rank r is {r}, must be at most {most}, the rank of the weight that "
+            f"init_lora_weights {start!r} takes apart"
+        )
+    W = dense_weight(layer)
+    if not (W.is_meta or W.isfinite().all()):
+        raise ValueError(f"{name}.weight holds NaN or an infinite number")
 
 
 def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -308,8 +380,8 @@ def dense_shape(layer: nn.Module) -> tuple[int, int]:
     return layer.num_embeddings, layer.embedding_dim
 
 
-# ways to start A and B that leave W as it was, so that W + s B A is right however they started
-STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+# starts in files that leave W as it was, so that W + s B A is right however A and B started
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 HARMLESS = {"ensure_weight_tying", "eva_config", "megatron_core", "qalora_group_size"}
 HARMLESS |= {
     "fan_in_fan_out"
@@ -320,18 +392,22 @@ def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
     """Its lines of `adapter_config.json`."""
     config = method.config
     layers = {n: w for n, w in method.wrappers.items() if isinstance(w, LoraLayer)}
-    ranks = {name: len(layer.lora_a) for name, layer in layers.items()}
-    alphas = {name: layer.alpha for name, layer in layers.items()}
+    # B A - B0 A0 has rank 2 R; its alpha gives the same s
+    ranks_up = 1 if config.init_lora_weights is True else 2
+    alphas_up = math.sqrt(ranks_up) if config.use_rslora else ranks_up
+    r, alpha = ranks_up * config.r, alphas_up * config.lora_alpha
+    ranks = {name: ranks_up * len(layer.lora_a) for name, layer in layers.items()}
+    alphas = {name: alphas_up * layer.alpha for name, layer in layers.items()}
     return {
         "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
+        "r": r,
+        "lora_alpha": alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": False,
         "target_modules": fields.targets(model, layers),
-        "rank_pattern": fields.pattern(model, ranks, config.r),
-        "alpha_pattern": fields.pattern(model, alphas, config.lora_alpha),
+        "rank_pattern": fields.pattern(model, ranks, r),
+        "alpha_pattern": fields.pattern(model, alphas, alpha),
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -340,10 +416,13 @@ def to_json(model: nn.Module, method: Method) -> dict[str, Any]:
 
 def read(raw: Mapping[str, Any], config: type[LoraConfig]) -> LoraConfig:
     """A LoRA's or DoRA's config from `adapter_config.json`."""
-    if (start := raw.get("init_lora_weights")) not in STARTS:
-        raise ValueError(f"init_lora_weights = {start!r} is not supported")
-    known = HARMLESS | {"init_lora_weights", "use_dora"}
-    return config(**fields.read_targeted(raw, config, known))
+    if (start := raw.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise ValueError(
+            f"init_lora_weights = {start!r} is not supported: such a file is for a base that HF "
+            "PEFT changed, and does not hold it; let PEFT convert it to a plain LoRA"
+        )
+    raw = {name: value for name, value in raw.items() if name != "init_lora_weights"}
+    return config(**fields.read_targeted(raw, config, HARMLESS | {"use_dora"}))
 
 
 def from_json(raw: Mapping[str, Any]) -> LoraConfig | None:

@@ -133,8 +133,7 @@ def quantize(
     """
     layers = quantizable(model, codec, skip)
     for name, layer in layers.items():
-        if not bool(torch.stack(layer.weight.aminmax()).isfinite().all()):
-            raise ValueError(f"{name}.weight holds NaN or an infinite number")
+        check_finite(name, layer)
     for name, layer in layers.items():
         replace(model, name, nf4.quantize(layer.weight, double=double))
     return list(layers)
@@ -168,6 +167,12 @@ def quantizable(model: nn.Module, codec: str, skip: Sequence[str] = HEAD) -> dic
         if others:
             raise ValueError(f"cannot quantize {name}: its weight is {others[0]}, too; skip it")
     return layers
+
+
+def check_finite(name: str, layer: nn.Linear) -> None:
+    """Refuses a weight with NaN or an infinite number."""
+    if not bool(torch.stack(layer.weight.aminmax()).isfinite().all()):
+        raise ValueError(f"{name}.weight holds NaN or an infinite number")
 
 
 def _obstacle(layer: nn.Linear) -> str | None:

@@ -28,8 +28,10 @@ GPT_NEO: dict[str, Any] = {
     "lora with its layers' biases": LoraConfig(["q_proj", "c_fc"], r=3, bias="lora_only"),
     "lora and a norm": LoraConfig(["q_proj"], r=3, modules_to_save=["ln_2"]),
     "lora of a table": LoraConfig(["wpe", "v_proj"], r=3, lora_alpha=7),
+    "lora by pissa": LoraConfig(["q_proj", "c_fc"], r=3, lora_alpha=7, init_lora_weights="pissa"),
     "dora": DoraConfig(["q_proj", "c_fc"], r=3, lora_alpha=7),
     "dora of a table": DoraConfig(["wpe"], r=3, lora_alpha=7),
+    "dora by pissa": DoraConfig(["q_proj", "c_fc"], r=3, lora_alpha=7, init_lora_weights="pissa"),
     "houlsby": BottleneckConfig("houlsby", 5, target_modules=["out_proj", "c_proj"]),
     "pfeiffer": BottleneckConfig("pfeiffer", 5, "gelu", target_modules=["c_proj"]),
     "parallel": BottleneckConfig("parallel", 5, "silu", target_modules=["mlp"]),
@@ -62,6 +64,7 @@ OURS: dict[str, Any] = {
 PLAIN: dict[str, Any] = {
     "lora": LoraConfig("all-linear", r=2, lora_alpha=3),
     "lora with all biases": LoraConfig(["inner.0"], r=2, bias="all"),
+    "lora by olora": LoraConfig("all-linear", r=2, lora_alpha=3, init_lora_weights="olora"),
     "lora and a whole layer": LoraConfig(["inner.0"], r=2, modules_to_save=["inner.2"]),
     "dora": DoraConfig("all-linear", r=2, lora_alpha=3),
     "pfeiffer": BottleneckConfig("pfeiffer", 5, target_modules=["inner.0", "out"]),

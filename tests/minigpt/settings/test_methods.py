@@ -44,6 +44,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], Any]] = {
         {"target": ["all-linear"], "rank": 2},
         DoraConfig("all-linear", r=2, lora_alpha=16.0),
     ),
+    "lora, from the weight": (
+        "lora",
+        {"init_lora_weights": "pissa"},
+        LoraConfig(("query", "value"), r=8, lora_alpha=16.0, init_lora_weights="pissa"),
+    ),
+    "dora, as by default": (
+        "dora",
+        {"init_lora_weights": "true"},
+        DoraConfig(("query", "value"), r=8, lora_alpha=16.0),
+    ),
     "ia3, targets": ("ia3", {"target": ["key", "value"]}, IA3Config(["key", "value"])),
     "ia3, feedforward alone": (
         "ia3",
@@ -108,6 +118,7 @@ FOREIGN = [
     ("rank", "ia3", "lora or dora or bottleneck"),
     ("alpha", "bottleneck", "lora or dora"),
     ("lora_dropout", "freeze", "lora or dora"),
+    ("init_lora_weights", "ia3", "lora or dora"),
     ("placement", "lora", "bottleneck"),
     ("virtual_tokens", "full", "prefix or prompt"),
     ("projection", "prompt", "prefix"),

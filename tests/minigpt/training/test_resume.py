@@ -42,11 +42,12 @@ CONFIG = TrainConfig(
 HELDOUT = [tiny.batch(99)]
 
 
-def new_model(rank: int = 3, seed: int = 0) -> GPTNeo:
+def new_model(rank: int = 3, seed: int = 0, **lora: Any) -> GPTNeo:
     """With dropout of its own and LoRA's."""
     torch.manual_seed(7)
     model = tiny.gpt_neo(seed, dropout=0.1)
-    config = peft_lite.LoraConfig(["query", "mlp.up"], r=rank, lora_alpha=5, lora_dropout=0.2)
+    settings = {"r": rank, "lora_alpha": 5, "lora_dropout": 0.2, **lora}
+    config = peft_lite.LoraConfig(["query", "mlp.up"], **settings)
     peft_lite.attach(model, config)
     return model
 
@@ -147,6 +148,17 @@ def test_stopping_again_and_again(
             started(tmp_path, resume=step > 1, observe=stop_at(step))
     model, rows = started(tmp_path, resume=True)
     assert_undisturbed(model, rows, tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_started_at_a_part_of_the_weight_resumes(start: str, tmp_path: Path) -> None:
+    models = [new_model(init_lora_weights=start) for _ in range(3)]
+    _, rows = started(tmp_path / "whole", models[0])
+    with pytest.raises(Interrupted):
+        started(tmp_path / "cut", models[1], observe=stop_at(5))
+    _, resumed = started(tmp_path / "cut", models[2], resume=True)
+    want = models[0].state_dict(), without_seconds(rows)
+    assert_undisturbed(models[2], resumed, tmp_path / "cut", want)
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
