@@ -7,7 +7,8 @@ process:
     minigpt        minigpt_kernels.nf4_linear
     bitsandbytes   its Linear4bit, with double quantization, as transformers builds it
     dense          the product with the float32 weight alone
-    dense bf16     the same in bfloat16
+    dense bf16     the same in bfloat16, where the processor has instructions for it: elsewhere it
+                   takes many times as long
     read           one pass over the packed bytes
 
 `load` is the time to quantise the weight.  Outputs and gradients must agree.
@@ -59,13 +60,18 @@ def products(weight: Tensor) -> dict[str, Product]:
     """The forward pass of each side."""
     packed, theirs, half = nf4.quantize(weight), their_layer(weight), weight.bfloat16()
     words = packed.packed.view(torch.int64)
-    return {
+    sides: dict[str, Product] = {
         OURS: lambda x: nf4_linear(x, packed),
         BNB: theirs,
         DENSE: lambda x: linear(x, weight),
         BF16: lambda x: linear(x.bfloat16(), half),
         READ: lambda x: words.sum(),
     }
+    probe = torch.randn(8, weight.shape[1])
+    float32, bfloat16 = (timed(partial(sides[side], probe)) for side in (DENSE, BF16))
+    if bfloat16 > 3 * float32:
+        del sides[BF16]
+    return sides
 
 
 def forward(product: Product, x: Tensor) -> Tensor:

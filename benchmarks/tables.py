@@ -204,8 +204,9 @@ def real_model(folder: Path) -> str:
 NF4 = """\
 A linear layer (out x in) whose weight has 4 bits, in float32; `forward` alone, and `both`, forward
 and backward to the input.  Medians in milliseconds, and ours over bitsandbytes, round by round.
-`dense` is the product with a dense weight alone, in float32 and in bfloat16, `read` one pass over
-the packed bytes: what the machine can do.  Load is the time to quantise."""
+`dense` is the product with a dense weight alone, in float32 and, where the processor has
+instructions for it, in bfloat16; `read` one pass over the packed bytes: what the machine can do.
+Load is the time to quantise."""
 
 
 def four_bits(folder: Path) -> str:

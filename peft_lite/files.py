@@ -202,6 +202,24 @@ def config_json(model: nn.Module, method: Method) -> dict[str, Any]:
     }
 
 
+def content(model: nn.Module, method: Method) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The lines and the tensors of a method's two files.
+
+    Raises:
+        ValueError: PEFT's files have no form for them.
+    """
+    lines, tensors = config_json(model, method), state(model, method)
+    if method_of(method.config).to_json is None:  # not PEFT's
+        return lines, tensors
+    begin = _beginning(method)
+    scalings = {
+        begin + hf_name(model, name): wrapper.scaling
+        for name, wrapper in method.wrappers.items()
+        if hasattr(type(wrapper), "delta")
+    }
+    return joined.join(model, lines, tensors, scalings)
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Puts the file before the message of an error."""

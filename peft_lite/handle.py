@@ -214,7 +214,8 @@ class Handle:
 
         They are those of its file: what it trains, and what else changed or was initialised.
         """
-        return {n: t.clone() for n, t in files.state(self.model, self._only(name)).items()}
+        _, tensors = files.content(self.model, self._only(name))
+        return {n: t.clone() for n, t in tensors.items()}
 
     def save(self, directory: str | Path, name: str | None = None) -> None:
         """Writes `adapter_config.json` and `adapter_model.safetensors` of a method.
@@ -224,8 +225,7 @@ class Handle:
         """
         method = self._only(name)
         self._check_unmerged("save")
-        tensors = files.state(self.model, method)
-        files.write(Path(directory), files.config_json(self.model, method), tensors)
+        files.write(Path(directory), *files.content(self.model, method))
 
     def put(self, name: str, method: Method) -> None:
         """Puts a built method on the model and activates it (the last step of `attach`)."""

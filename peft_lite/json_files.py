@@ -22,16 +22,24 @@ def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         ValueError: no such file, one that is too large, not UTF-8, not JSON or no object, that
             names a key twice, nests too deep or holds a number that is not finite.
     """
+    return parse_object(read_text(path, max_bytes), str(path))
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """The content of a text file.
+
+    Raises:
+        ValueError: no such file, one that is too large, or not UTF-8.
+    """
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise ValueError(f"it has {size:,} bytes, at most {max_bytes:,} are read")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, or too large
         raise ValueError(f"cannot read {path}: {error}") from None
-    return parse_object(text, str(path))
 
 
 def read_optional(path: Path) -> dict[str, Any]:

@@ -81,7 +81,11 @@ def checkpoints(root: Path) -> dict[str, tuple[Path, str]]:
     for shard in set(places.values()):
         save_file({n: t for n, t in tensors.items() if places[n] == shard}, shards / shard)
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    four = shutil.copytree(decoder, root / "four-bits")
+    minigpt.save(minigpt.load(decoder, quantize="nf4"), four)
     return {
+        "weights of 4 bits": (four, "model.safetensors"),
+        "config.json of 4 bits": (four, "config.json"),
         "decoder's config.json": (decoder, "config.json"),
         "encoder's config.json": (encoder, "config.json"),
         "model.safetensors": (encoder, "model.safetensors"),
@@ -210,8 +214,9 @@ def opened(folder: Path) -> None:
     if tokenizer.vocab_size > model.config.vocab_size:
         return
     ids = tokenizer.encode(TEXT)[: model.max_tokens] or [0]
-    assert all(p.isfinite().all() for p in model.parameters()), "weights that are not finite"
-    largest = max(float(p.abs().max()) for p in model.parameters())
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.numel())]
+    assert all(t.isfinite().all() for t in tensors), "weights that are not finite"
+    largest = max(float(t.abs().max()) for t in tensors if t.is_floating_point())
     logits = model(torch.tensor([ids]))
     assert largest > 100 or logits.isfinite().all(), "logits that are not finite"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minigpt.checkpoints import gguf
 from peft_lite import storage
+from peft_lite.json_files import read_text
 
 FILES = (
     "generation_config.json",
@@ -26,4 +27,4 @@ def copy_companions(source: Path, target: Path) -> None:
         return
     for name in FILES:
         if (source / name).is_file():
-            storage.write_text(target / name, (source / name).read_text(encoding="utf-8"))
+            storage.write_text(target / name, read_text(source / name))

@@ -14,8 +14,9 @@ from typing import Any
 from minigpt.checkpoints import gguf
 from minigpt.checkpoints.source import named
 from minigpt.data.tokenizer_files import NAMED, TOKEN
-from peft_lite.json_files import check_types, printable, read_optional, short
+from peft_lite.json_files import check_types, printable, read_optional, read_text, short
 
+MAX_TEMPLATE = 2**20  # bytes
 LONGEST = 2**20  # characters, or a number, that a template's `*` may make
 LARGEST_POWER = 64  # of the base and the exponent of `**`
 
@@ -93,7 +94,7 @@ def _from_files(folder: Path) -> tuple[str | None, dict[str, str]]:
         if isinstance(content, str):
             tokens[name] = content
     if (file := folder / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8"), tokens
+        return read_text(file, MAX_TEMPLATE), tokens
     template = raw.get("chat_template")
     if isinstance(template, list):  # several, by name
         by_name = {entry.get("name"): entry.get("template") for entry in template}

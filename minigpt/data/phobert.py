@@ -25,7 +25,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 from peft_lite import storage
-from peft_lite.json_files import short
+from peft_lite.json_files import read_text, short
 
 FILES = ("vocab.txt", "bpe.codes")
 FIRST = ("<s>", "<pad>", "</s>", "<unk>")
@@ -62,7 +62,7 @@ class Phobert:
         Raises:
             ValueError: a line of vocab.txt is not a token and its count.
         """
-        files = {name: (folder / name).read_text(encoding="utf-8") for name in FILES}
+        files = {name: read_text(folder / name) for name in FILES}
         vocab = {token: i for i, token in enumerate(FIRST)}
         for number, line in enumerate(files["vocab.txt"].removesuffix("\n").split("\n"), 1):
             token, space, _ = line.strip().rpartition(" ")

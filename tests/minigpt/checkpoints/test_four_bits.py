@@ -16,6 +16,7 @@ import peft_lite
 from minigpt.checkpoints import four_bits
 from minigpt_kernels import nf4
 from peft_lite.quantized import is_quantized
+from tests.live_bytes import LiveBytes
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
@@ -154,6 +155,24 @@ def test_shards_of_which_one_tensor_is_mapped_at_a_time(
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     a, b = (minigpt.load(folder, quantize="nf4") for folder in (tmp_path, dense["llama"]))
     assert torch.equal(logits(a), logits(b))
+
+
+def test_loading_holds_no_dense_layer(tmp_path: Path) -> None:
+    """Live bytes: of eight layers of 1 MB, each read, packed and dropped."""
+    width = 512
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=width, intermediate_size=width, num_hidden_layers=8,
+        num_attention_heads=4,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    nf4.dequantize(nf4.quantize(torch.randn(64, 64)))  # makes the tables
+    live = LiveBytes()
+    with live:
+        model = minigpt.load(tmp_path, quantize="nf4")
+    kept = sum(m.quantized.nbytes for m in model.modules() if is_quantized(m))
+    dense = width * width * 4
+    assert kept > 7 * dense
+    assert live.most < kept + 5 * dense  # of a piece: numbers, scaled, codes of 32 bits, masks
 
 
 def test_a_weight_that_is_not_finite_is_named(dense: dict[str, Path], tmp_path: Path) -> None:

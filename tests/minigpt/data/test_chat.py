@@ -133,3 +133,15 @@ def test_generation_marks_show_nothing() -> None:
     )
     text = ChatTemplate(source, {}).text([USER, ASSISTANT])
     assert text == USER["content"] + "|" + ASSISTANT["content"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b" " * (2**20 + 1), "at most 1,048,576 are read"), (b"\xff\xfe", "cannot read .*jinja: ")],
+)
+def test_a_template_that_is_too_large_or_no_text_is_refused(
+    content: bytes, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        ChatTemplate.load(tmp_path)

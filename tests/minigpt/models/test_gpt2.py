@@ -17,6 +17,7 @@ import peft_lite
 from minigpt.checkpoints.directory import load, outline, save
 from minigpt.generation import generate
 from minigpt.models.gpt2 import GPT2, GPT2Config
+from peft_lite import DoraConfig, IA3Config, LoraConfig
 from tests.conftest import real_data
 
 V, T = 61, 11
@@ -146,10 +147,73 @@ def test_an_adapter_of_peft_has_its_logits_here(settings: dict[str, Any], tmp_pa
         got, want = ours(ids()), peer(ids()).logits
     assert (got - want).abs().max() <= 2e-5 * want.abs().max()
     assert (got - plain).abs().max() > 1e-2 * want.abs().max()
-    handle.save(tmp_path / "again")  # as three adapters
+    handle.save(tmp_path / "again")
     other = load(tmp_path / "base")
     peft_lite.load(other, tmp_path / "again")
     assert torch.equal(other(ids()), got)
+    files = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("adapter", "again")]
+    assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}
+
+
+OURS: dict[str, Any] = {  # methods on query, key and value, which are c_attn in a file
+    "all three": LoraConfig(["query", "key", "value"], r=3, lora_alpha=5),
+    "one": LoraConfig(["key"], r=3, lora_alpha=5),
+    "ranks and scalings": LoraConfig(
+        ["query", "value", "mlp.up"],
+        r=3,
+        lora_alpha=5,
+        rank_pattern={"value": 2, "mlp.up": 4},
+        alpha_pattern={"query": 9},
+    ),
+    "root of the rank": LoraConfig(["query", "value"], r=3, lora_alpha=5, use_rslora=True),
+    "some blocks": LoraConfig(r"blocks\.[02]\.attention\.(query|value)", r=3, lora_alpha=5),
+    "every layer": LoraConfig("all-linear", r=3, lora_alpha=5),
+    "dora": DoraConfig("all-linear", r=3, lora_alpha=5),
+    "their biases": LoraConfig(["query", "key", "value"], r=3, bias="lora_only"),
+    "all biases": LoraConfig(["value"], r=3, bias="all"),
+    "ia3": IA3Config(["key", "value", "mlp.down"], ["mlp.down"]),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_adapter_of_query_key_value_opens_in_peft(name: str, tmp_path: Path) -> None:
+    ours, theirs = pair(tmp_path / "base")
+    plain = ours(ids())
+    handle = peft_lite.attach(ours, OURS[name])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in ours.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    handle.save(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D: it sets fan_in_fan_out itself
+        peer = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        got, want = ours(ids()), peer(ids()).logits
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    assert (got - plain).abs().max() > 1e-2 * want.abs().max()
+    other = load(tmp_path / "base")
+    peft_lite.load(other, tmp_path / "adapter")
+    torch.testing.assert_close(other(ids()), got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DoraConfig(["query"], r=3),
+        LoraConfig(["query"], r=3, bias="lora_only"),
+        LoraConfig(["mlp.up"], r=3, modules_to_save=["query"]),
+        IA3Config(["key", "value"], ["key"]),
+    ],
+    ids=str,
+)
+def test_what_has_no_form_on_c_attn_is_refused(config: Any, tmp_path: Path) -> None:
+    ours, _ = pair(tmp_path / "base")
+    handle = peft_lite.attach(ours, config)
+    with pytest.raises(ValueError, match="no form in a file of HF PEFT"):
+        handle.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_module_that_is_saved_whole_opens_in_peft(tmp_path: Path) -> None:
