@@ -13,7 +13,8 @@ if __name__ == "kernels":  # found on sys.path before Hugging Face's package, wh
         sys.modules[__name__] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[__name__])
 else:
-    from . import lora_operator as lora_operator  # registers what torch.compile calls
+    from . import lora_operator as lora_operator  # register what torch.compile calls
+    from . import nf4_operator as nf4_operator
     from .lora import lora_linear
     from .update import ClippedAdamW, ClippedSGD
 

@@ -68,7 +68,7 @@ TABLE = read(Path(__file__).with_name("measured.csv"))
 
 
 def resolve(backend: str, tensor: Tensor) -> str:
-    """Either "triton" or "torch", for the update of such tensors: "auto" is Triton on a GPU.
+    """Either "triton" or "torch", for updates and products with 4 bits: "auto" is Triton on a GPU.
 
     Raises:
         ValueError: "triton" was asked for where it cannot run, with the reason.

@@ -3,12 +3,14 @@
     python -m minigpt_kernels.compile_check [--every] [part of a kernel's name]
 
 Of the configurations of a kernel and a tile the heaviest are compiled: the largest rank, with
-dropout, in bf16 and fp32.  With `--every` all that can be chosen are, which takes some minutes.
+dropout, the most rows, double quantization, in bf16 and fp32.  With `--every` all that can be
+chosen are, which takes some minutes.
 
 One line a kernel: registers, bytes of stack (what was spilled), shared memory, and the tensor-core
 and copy instructions in the machine code.  Exit status 1 when a stack is above 16 bytes, shared
-memory does not fit, or a 16-bit product of 64 rows or more has no warpgroup instruction (HGMMA) on
-sm_90.  Sizes and strides are taken as multiples of 16, as a model's are; "odd" ones are not.
+memory does not fit, a 16-bit product of 64 rows or more has no warpgroup instruction (HGMMA) on
+sm_90, or what has to be rounded is added unrounded (FFMA).  Sizes and strides are taken as
+multiples of 16, as a model's are; "odd" ones are not.
 """
 
 import argparse
@@ -32,7 +34,7 @@ except ModuleNotFoundError:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import lora_triton, update_triton
+from . import lora_triton, nf4_triton, update_triton
 
 # bytes of shared memory a block can have
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -48,7 +50,9 @@ class Job:
     Attributes:
         unit: strides of 1, which Triton compiles in.
         odd: sizes and strides need be multiples of nothing.
-        light: another job is the same kernel with more ranks, with dropout, or in bf16 for fp16.
+        rounded: a product is rounded before it is added to.
+        light: another job is the same kernel with more ranks, with dropout, with more rows, with
+            double quantization, or in bf16 for fp16.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Job:
     unit: tuple[str, ...] = ()
     odd: bool = False
     needs_hgmma: bool = False
+    rounded: bool = False
     light: bool = False
 
 
@@ -80,6 +85,8 @@ class Result:
             reasons.append(f"{self.shared} bytes of shared memory")
         if job.needs_hgmma and job.capability == 90 and "HGMMA" not in self.instructions:
             reasons.append("no HGMMA")
+        if job.rounded and "FFMA" in self.instructions:
+            reasons.append("FFMA")
         return reasons
 
 
@@ -105,6 +112,7 @@ def jobs(capability: int) -> Iterator[Job]:
         )
         yield from _skinny(job, dtype)
         yield from _fused(job, dtype, capability)
+        yield from _nf4(job, dtype)
     yield from _update(job)
 
 
@@ -177,6 +185,42 @@ def _fused(job: Any, dtype: str, capability: int) -> Iterator[Job]:
             )
 
 
+def _nf4(job: Any, dtype: str) -> Iterator[Job]:
+    pointers = dict.fromkeys(("packed_ptr", "scales_ptr"), "*u8")
+    pointers |= _pointers("fp32", "a2_ptr", "offset_ptr", "codes_ptr", "d_ptr")
+    pointers |= _pointers(dtype, "x_ptr", "bias_ptr", "w_ptr", "y_ptr")
+    for double, odd in product((False, True), (False, True)):
+        label = f"{dtype}{' double' if double else ''}{' odd' if odd else ''}"
+        nf4 = partial(
+            job,
+            pointers=pointers if double else {**pointers, "scales_ptr": "*fp32"},
+            odd=odd,
+        )
+        yield nf4(
+            f"dequantize {label}",
+            nf4_triton.dequantize_kernel,
+            constants={"DOUBLE": double, "GROUPS": nf4_triton.DEQUANTIZE},
+            options={"num_warps": nf4_triton.WARPS} | nf4_triton.ROUNDED,
+            rounded=True,
+            light=dtype == "fp16" or not double,
+        )
+        tile, size = nf4_triton.PRODUCT[DTYPES[dtype]], DTYPES[dtype]
+        for BM in nf4_triton.ROWS:
+            yield nf4(
+                f"nf4 {BM}x{tile.BN} {label}",
+                nf4_triton.product_kernel,
+                constants={
+                    **{"DOUBLE": double, "BIAS": True},
+                    **{"BM": BM, "BN": tile.BN, "BK": tile.BK},
+                },
+                options=lora_triton.launch(tile) | nf4_triton.ROUNDED,
+                unit=("x_k",),
+                needs_hgmma=size == 2 and BM >= 64,
+                rounded=size == 2,  # the products of float32 are FFMA
+                light=dtype == "fp16" or not double or nf4_triton.ROWS[-1] > BM,
+            )
+
+
 def _update(job: Any) -> Iterator[Job]:
     pointers = dict.fromkeys(("table", "chunks"), "*i64") | {"settings": "*fp64"}
     pointers |= dict.fromkeys(("parts", "norm_out"), "*fp32")
@@ -206,6 +250,7 @@ def compile_one(job: Job) -> Result:
         "p_pieces",
         "q_pieces",
         "chunks",
+        "shift",
     }  # these are what they are
     aligned = {
         (i,): [["tt.divisibility", 16]]

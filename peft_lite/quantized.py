@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minigpt_kernels import nf4
-from minigpt_kernels.nf4_linear import nf4_linear
+from minigpt_kernels.nf4_linear import dense, nf4_linear
 from peft_lite.select import head_names, nearest
 from peft_lite.wrapper import Wrapper, named_layers, named_weights
 
@@ -80,7 +80,7 @@ class QuantizedLinear(nn.Linear):
 
     def dense_weight(self) -> Tensor:
         """deq(W) (out, in), float32."""
-        return nf4.dequantize(self.quantized, torch.float32)
+        return dense(self.quantized, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.is_floating_point():  # merged

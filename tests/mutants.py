@@ -556,6 +556,22 @@ MUTANTS = [
         "test_kernels_lora",
     ),
     mutant(
+        "the kernel takes the halves of a byte in turn",
+        HERE,
+        "kernels/nf4_triton.py",
+        "q = tl.interleave(byte >> 4, byte & 15)",
+        "q = tl.interleave(byte & 15, byte >> 4)",
+        "test_nf4_triton",
+    ),
+    mutant(
+        "few rows are multiplied by blocks of another row",
+        HERE,
+        "kernels/nf4_triton.py",
+        "g = n[:, None] * (K // NUMBERS) + column[None, :]",
+        "g = n[:, None] * tl.cdiv(K, 2 * NUMBERS) * 2 + column[None, :]",
+        "test_nf4_triton",
+    ),
+    mutant(
         "what lies beyond a tensor's end is summed",
         HERE,
         "kernels/update_triton.py",

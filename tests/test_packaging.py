@@ -24,7 +24,7 @@ from minigpt.commands.cli import main
 from tests.test_layout import FOLDERS, MODULES, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TRITON = {"minigpt_kernels.lora_triton", "minigpt_kernels.update_triton"}
+TRITON = {f"minigpt_kernels.{name}_triton" for name in ("lora", "nf4", "update")}
 
 
 def libraries(requirements: list[str]) -> set[str]:

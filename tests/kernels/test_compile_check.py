@@ -18,8 +18,11 @@ good = jobs["y bf16 128x128 r16", 90]
 spills = replace(good, options={"num_warps": 2, "num_stages": 3})
 large = replace(good, options={"num_warps": 8, "num_stages": 7})
 scalar = replace(jobs["y fp32 64x64 r16", 90], needs_hgmma=True)
+rounded = jobs["dequantize fp32 double", 90]
+unrounded = replace(rounded, options={"num_warps": 4})
+chosen = {"good": good, "spills": spills, "large": large, "scalar": scalar}
 found = {}
-for name, job in {"good": good, "spills": spills, "large": large, "scalar": scalar}.items():
+for name, job in {**chosen, "rounded": rounded, "unrounded": unrounded}.items():
     result = compile_one(job)
     found[name] = [result.faults(job), result.registers, result.instructions]
 print(json.dumps({"names": [[j.name, j.capability] for j in jobs.values()], "found": found}))
@@ -45,12 +48,16 @@ def test_faults_of_a_compiled_kernel_are_named() -> None:
     assert "bytes of stack" in answer["found"]["spills"][0][0]
     assert "bytes of shared memory" in answer["found"]["large"][0][0]
     assert answer["found"]["scalar"][0] == ["no HGMMA"]
+    assert answer["found"]["rounded"][0] == []
+    assert answer["found"]["unrounded"][0] == ["FFMA"]
     names = answer["names"]
     for kernel in (
         "keep",
         "shrink bf16 r16",
         "dy_pass fp32 r32",
         "dx fp16 64x128 r32 drop",
+        "dequantize fp16 double odd",
+        "nf4 64x32 bf16",
         "adamw_kernel",
     ):
         assert all([kernel, capability] in names for capability in (80, 90, 100))
