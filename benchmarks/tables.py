@@ -194,10 +194,12 @@ def real_model(folder: Path) -> str:
             for s in (OURS, THEIRS)
             if all(r["peak_bytes"] for r in taken)
         ]
-        memory = [f"{peaks[0][1] / 1e9:.3g} GB", f"{peaks[0][1] / peaks[1][1]:.2f}"]
+        memory = ["", ""]
+        if peaks:
+            memory = [f"{peaks[0][1] / 1e9:.3g} GB", f"{peaks[0][1] / peaks[1][1]:.2f}"]
         cells = [f"{quartiles(seconds[s])[1]:.3g} s" if seconds[s] else "" for s in sides]
         cells += _against_best(seconds[OURS], [seconds[s] for s in sides if s != OURS])
-        lines.append(_row([", ".join(task), *cells, *(memory if peaks else ["", ""])]))
+        lines.append(_row([", ".join(task), *cells, *memory]))
     return "\n\n".join([REAL, measured_on(facts), "\n".join(lines)])
 
 
