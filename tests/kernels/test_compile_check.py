@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -22,11 +24,28 @@ found = {}
 for name, job in {"good": good, "spills": spills, "large": large, "scalar": scalar}.items():
     result = compile_one(job)
     found[name] = [result.faults(job), result.registers, result.instructions]
-print(json.dumps({"names": [[j.name, j.capability] for j in jobs.values()], "found": found}))
+listed = [[j.name, j.capability, j.light, j.needs_hgmma, j.constants] for j in every_job()]
+print(json.dumps({"jobs": listed, "found": found}))
 """
 
 
-def test_faults_of_a_compiled_kernel_are_named() -> None:
+def parts(name: str) -> tuple[set[str], str, int, bool]:
+    """What a job's name says: kernel and tile, dtype, rank, dropout."""
+    words = {*name.split()}
+    dtype = next(iter(words & {"bf16", "fp16", "fp32"}), "")
+    rank = next((word for word in words if re.fullmatch(r"r\d+", word)), "r0")
+    return words - {dtype, rank, "drop"}, dtype, int(rank[1:]), "drop" in words
+
+
+def heavier(name: str, other: str) -> bool:
+    """Whether the other is the same kernel with more ranks, with dropout, or in bf16 for fp16."""
+    (kind, dtype, rank, drop), (kind2, dtype2, rank2, drop2) = parts(name), parts(other)
+    alike = kind2 == kind and (dtype2 == dtype or (dtype, dtype2) == ("fp16", "bf16"))
+    return name != other and alike and rank2 >= rank and drop2 >= drop
+
+
+@pytest.fixture(scope="module")
+def answer() -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT],
@@ -37,7 +56,29 @@ def test_faults_of_a_compiled_kernel_are_named() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_heaviest_of_each_kernel_are_compiled_with_what_their_names_say(
+    answer: dict[str, Any],
+) -> None:
+    names = {name for name, *_ in answer["jobs"]}
+    assert len(answer["jobs"]) > 3 * 60
+    for name, _, light, needs_hgmma, constants in answer["jobs"]:
+        assert light == any(heavier(name, other) for other in names), name
+        (kind, dtype, rank, drop), fused = parts(name), name.split()[0] in ("y", "dx")
+        assert constants.get("BR", 0) == rank
+        assert constants.get("DROP", drop) == drop
+        if fused:
+            (shape,) = (word for word in kind if "x" in word and word != "dx")
+            assert shape == f"{constants['BM']}x{constants['BN']}"
+            assert constants["BIAS"] == ("y" in kind)
+            assert constants["DROP_IN"] == (drop and "y" in kind)
+            assert constants["DROP_OUT"] == (drop and "dx" in kind)
+        assert needs_hgmma == (fused and dtype != "fp32")  # of 64 rows or more, all of them
+
+
+def test_faults_of_a_compiled_kernel_are_named(answer: dict[str, Any]) -> None:
     faults, registers, instructions = answer["found"]["good"]
     assert faults == []
     assert 64 < registers < 256
@@ -45,7 +86,7 @@ def test_faults_of_a_compiled_kernel_are_named() -> None:
     assert "bytes of stack" in answer["found"]["spills"][0][0]
     assert "bytes of shared memory" in answer["found"]["large"][0][0]
     assert answer["found"]["scalar"][0] == ["no HGMMA"]
-    names = answer["names"]
+    names = [job[:2] for job in answer["jobs"]]
     for kernel in (
         "keep",
         "shrink bf16 r16",
