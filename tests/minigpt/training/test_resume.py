@@ -268,6 +268,14 @@ def test_the_newest_snapshots_are_those_of_the_highest_steps(tmp_path: Path) -> 
     assert state["step"] == 10_000_000
 
 
+def test_a_snapshot_makes_its_folder(tmp_path: Path) -> None:
+    parameters = {"a": nn.Parameter(torch.ones(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    for step in (1, 2):
+        snapshot.save(tmp_path / "run" / "snapshots", step, parameters, optimizer, {})
+    assert len(snapshot.files(tmp_path / "run" / "snapshots")) == 2
+
+
 def test_every_bit_of_a_snapshot_counts(tmp_path: Path) -> None:
     file = stopped(tmp_path)[-1]
     whole, draw = file.read_bytes(), random.Random(0)
