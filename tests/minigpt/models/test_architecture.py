@@ -209,6 +209,22 @@ def test_the_most_labels_are_taken_and_one_more_is_refused() -> None:
             ARCHITECTURE.outline(config, "classification", labels)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_classifier_has_two_classes_unless_it_is_told(kind: str) -> None:
+    architecture = ARCHITECTURES[kind]
+    small = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = architecture.config_from({**small, "vocab_size": 9, "intermediate_size": 2})
+    for model in (
+        architecture.model(config, "classification"),
+        architecture.build(config, "classification"),
+        architecture.outline(config, "classification"),
+    ):
+        shapes = [tuple(p.shape) for n, p in model.named_parameters() if n.startswith("head.")]
+        assert (2, 2) in shapes
+        assert shapes[-1] == (2,)
+        assert model.num_labels == 2
+
+
 TASKS = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}  # HF PEFT has none for masked-lm
 
 
