@@ -20,7 +20,7 @@ import pytest
 from minigpt.commands.cli import main
 from minigpt.metrics.intervals import Estimate
 from minigpt.studies import STUDIES, published, study
-from minigpt.studies.claims import CLAIMS, Finding, above, below, count
+from minigpt.studies.claims import CLAIMS, Finding, about, above, below, count
 from minigpt.studies.figures import FROZEN, FULL, Figures, line, smooth
 from minigpt.studies.lab import Lab, Part
 from minigpt.studies.paired import (
@@ -142,6 +142,9 @@ def waits(folder: Path) -> dict[str, Any]:
         (-30, -20, 5, below, -5.0, "holds in direction"),
         (1, 2, 5, below, None, "fails"),
         (0, 2, 5, above, None, "undecided"),
+        (-2, 0, 5, above, None, "undecided"),
+        (20, 30, 5, above, 20.0, "holds"),
+        (20, 30, 5, above, 30.0, "holds"),
     ],
 )
 def test_verdicts(
@@ -155,6 +158,24 @@ def test_verdicts(
     assert judge(Estimate((low + high) / 2, low, high), seeds, quoted=quoted) == verdict
     shifted = Estimate((low + high) / 2 + 7, low + 7, high + 7)
     assert judge(shifted, seeds, 7.0, None if quoted is None else quoted + 7) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "verdict"),
+    [
+        (5, 20, 5, "holds"),
+        (4.9, 20, 5, "undecided"),
+        (5, 20.1, 5, "undecided"),
+        (20.1, 30, 5, "fails"),
+        (1, 4.9, 5, "fails"),
+        (20, 30, 5, "undecided"),
+        (1, 5, 5, "undecided"),
+        (5, 20, 4, "undecided"),
+        (21, 30, 4, "undecided"),
+    ],
+)
+def test_about_is_half_to_twice(low: float, high: float, seeds: int, verdict: str) -> None:
+    assert about(Estimate((low + high) / 2, low, high), seeds, quoted=10.0) == verdict
 
 
 def test_counts_are_equal_or_not() -> None:
