@@ -1,6 +1,7 @@
 """Generation: greedy against transformers, sampling against the closed form of its distribution."""
 
 import copy
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -220,6 +221,16 @@ def test_logits_that_are_not_finite_are_refused(temperature, value, seven):
     logits[1, 3] = value
     with pytest.raises(ValueError, match="logits are NaN or infinite"):
         Sampling(temperature=temperature).choose(logits)
+
+
+def test_of_equally_likely_tokens_top_p_keeps_the_first():
+    logits = torch.zeros(2, 400)
+    logits[:, 300:] = torch.tensor([[1.0], [-1.0]])
+    kept = Sampling(top_p=0.3).probabilities(logits) > 0
+    # 300 weigh 1 each, the last 100 e or 1 / e; the likelier ones come first
+    counts = [math.ceil(0.3 * (300 / math.e + 100)), math.ceil(0.3 * (300 + 100 / math.e))]
+    assert kept[0].nonzero().flatten().tolist() == [*range(300, 300 + counts[0])]
+    assert kept[1].nonzero().flatten().tolist() == [*range(counts[1])]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,6 +1,7 @@
 """The kinds of tokenizer files against the libraries' own reading of them, on real texts."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import tokenizers
@@ -350,6 +351,15 @@ def test_trained_word_pieces_make_the_round_trip_through_their_file(texts, tmp_p
     assert_same_ids(trained, tmp_path, texts)
     story = texts[-2] or texts[-3]
     assert len(trained.encode(story)) < 0.7 * len(story)
+
+
+@pytest.mark.parametrize("learn", [Tokenizer.train, Tokenizer.train_word_piece])
+def test_a_vocabulary_has_one_to_a_million_tokens(learn: Callable[..., Tokenizer]) -> None:
+    for size in (1, 2**20):
+        assert 1 <= learn(["a few words, a few letters"], size).vocab_size < 600
+    for size in (0, -1, 2**20 + 1):
+        with pytest.raises(ValueError, match=f"vocab_size is {size}, must be 1 to 1,048,576"):
+            learn(["a"], size)
 
 
 def test_word_pieces_are_learned_alike_every_time(texts):
