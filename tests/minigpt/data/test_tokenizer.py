@@ -407,6 +407,19 @@ def test_word_level_vocabulary_without_a_separator_has_no_end_of_text():
     assert tokenizer.vocab_size == 5
 
 
+@pytest.mark.parametrize("marks", [[], ["<s>"], ["<lang>", "<s>"]])
+def test_a_text_starts_with_the_marks_of_its_file(marks: list[str]) -> None:
+    ids = {"a": 0, "<s>": 1, "</s>": 2, "<lang>": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="a"))
+    backend.add_special_tokens([*ids][1:])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*marks, "$A", "</s>"], special_tokens=[*ids.items()][1:]
+    )
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.start == [ids[mark] for mark in marks]
+    assert tokenizer.encode("a") == [0]  # they are put there by who wants them
+
+
 @pytest.mark.parametrize("rows", [50257, 50304, 50257 + 1023])
 def test_model_with_rows_to_spare_fits(gpt2, rows):
     Tokenizer.load(gpt2).check(rows)
