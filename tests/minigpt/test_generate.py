@@ -375,6 +375,14 @@ def test_an_end_that_never_comes_changes_nothing(tiny_neo):
     assert torch.equal(greedy(tiny_neo[1], ids, 12, eos_token_id=never), free)
 
 
+@pytest.mark.parametrize("end", [0, 100])
+def test_the_first_and_the_last_token_may_be_ends(tiny_neo, end):
+    model = copy.deepcopy(tiny_neo[1])
+    model.head = torch.nn.Linear(model.config.hidden_size, 101)  # whose bias decides
+    model.head.bias.data[end] = 1e6
+    assert greedy(model, tokens(101, 1, 6), 3, eos_token_id=end)[0, 6:].tolist() == [end]
+
+
 def test_an_end_inside_the_prompt_does_not_count(tiny_neo):
     ids = tokens(101, 1, 6)
     free = greedy(tiny_neo[1], ids, 5)
