@@ -53,6 +53,7 @@ def first_failure(file: str, text: str, tests: Sequence[str], limit: float = LIM
     with TemporaryDirectory() as name:
         log = Path(name, "log")
         folder = copied(Path(name, "code"), file, text)
+        Path(name, "shared").symlink_to(ROOT.parent / "shared")  # real data, if any
         receiver, sender = forked.Pipe(duplex=False)
         process = forked.Process(target=run, args=(folder, tests, log, sender))
         process.start()

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -25,11 +27,33 @@ found = {}
 for name, job in {**chosen, "rounded": rounded, "unrounded": unrounded}.items():
     result = compile_one(job)
     found[name] = [result.faults(job), result.registers, result.instructions]
-print(json.dumps({"names": [[j.name, j.capability] for j in jobs.values()], "found": found}))
+listed = [[j.name, j.capability, j.light, j.needs_hgmma, j.constants] for j in every_job()]
+print(json.dumps({"jobs": listed, "found": found}))
 """
 
 
-def test_faults_of_a_compiled_kernel_are_named() -> None:
+def parts(name: str) -> tuple[set[str], str, int, bool]:
+    """What a job's name says: kernel and tile, dtype, rank (of `nf4` rows), dropout or doubled."""
+    words = {*name.split()}
+    dtype = next(iter(words & {"bf16", "fp16", "fp32"}), "")
+    rank = next((word for word in words if re.fullmatch(r"r\d+", word)), "r0")
+    if "nf4" in words:
+        rank = next(word for word in words if re.fullmatch(r"\d+x\d+", word))
+    most = int(rank.removeprefix("r").partition("x")[0])
+    return words - {dtype, rank, "drop", "double"}, dtype, most, bool(words & {"drop", "double"})
+
+
+def heavier(name: str, other: str) -> bool:
+    """Whether the other is the same kernel with more ranks or rows, with dropout or double
+    quantization, or in bf16 for fp16.
+    """
+    (kind, dtype, rank, drop), (kind2, dtype2, rank2, drop2) = parts(name), parts(other)
+    alike = kind2 == kind and (dtype2 == dtype or (dtype, dtype2) == ("fp16", "bf16"))
+    return name != other and alike and rank2 >= rank and drop2 >= drop
+
+
+@pytest.fixture(scope="module")
+def answer() -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT],
@@ -40,7 +64,30 @@ def test_faults_of_a_compiled_kernel_are_named() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_heaviest_of_each_kernel_are_compiled_with_what_their_names_say(
+    answer: dict[str, Any],
+) -> None:
+    names = {name for name, *_ in answer["jobs"]}
+    assert len(answer["jobs"]) > 3 * 60
+    for name, _, light, needs_hgmma, constants in answer["jobs"]:
+        assert light == any(heavier(name, other) for other in names), name
+        (kind, dtype, rank, drop), fused = parts(name), name.split()[0] in ("y", "dx")
+        assert constants.get("BM" if "nf4" in kind else "BR", 0) == rank
+        assert constants.get("DROP", constants.get("DOUBLE", drop)) == drop
+        if fused:
+            (shape,) = (word for word in kind if "x" in word and word != "dx")
+            assert shape == f"{constants['BM']}x{constants['BN']}"
+            assert constants["BIAS"] == ("y" in kind)
+            assert constants["DROP_IN"] == (drop and "y" in kind)
+            assert constants["DROP_OUT"] == (drop and "dx" in kind)
+        many = fused or ("nf4" in kind and rank >= 64)  # rows: of `y` and `dx`, 64 or more
+        assert needs_hgmma == (many and dtype != "fp32")
+
+
+def test_faults_of_a_compiled_kernel_are_named(answer: dict[str, Any]) -> None:
     faults, registers, instructions = answer["found"]["good"]
     assert faults == []
     assert 64 < registers < 256
@@ -50,7 +97,7 @@ def test_faults_of_a_compiled_kernel_are_named() -> None:
     assert answer["found"]["scalar"][0] == ["no HGMMA"]
     assert answer["found"]["rounded"][0] == []
     assert answer["found"]["unrounded"][0] == ["FFMA"]
-    names = answer["names"]
+    names = [job[:2] for job in answer["jobs"]]
     for kernel in (
         "keep",
         "shrink bf16 r16",

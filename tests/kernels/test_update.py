@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -445,6 +446,89 @@ def test_chunks_of_any_alignment_and_length_live_side_by_side(offset: int, size:
     close(ours, theirs, ulps=20)
 
 
+def within(values: torch.Tensor, filling: float, offset: int = 64) -> torch.Tensor:
+    """The same numbers, with `offset` others before them and 64 behind."""
+    n = values.numel()
+    memory = torch.full((offset + n + 64,), filling)
+    return memory[offset : offset + n].copy_(values)
+
+
+def beside(view: torch.Tensor) -> torch.Tensor:
+    """What lies before and behind it."""
+    first, n = view.storage_offset(), view.numel()
+    memory = view.as_strided((view.untyped_storage().nbytes() // 4,), (1,), 0)
+    return torch.cat([memory[:first], memory[first + n :]])
+
+
+@pytest.mark.parametrize("kind", [ClippedAdamW, ClippedSGD])
+@pytest.mark.parametrize("size", [1, 510, 512, 4100])
+def test_nothing_beside_a_tensor_is_read_or_written(kind: type, size: int) -> None:
+    random = torch.Generator().manual_seed(size)
+    p, q = (nn.Parameter(torch.linspace(-1, 1, size)) for _ in range(2))
+    p.data = within(p.data, 7.0)
+    clipped, other = (kind([x], lr=0.1, max_norm=0.5, backend="triton") for x in (p, q))
+    written = [p.data]
+    for step in range(2):
+        q.grad = torch.randn(size, generator=random)
+        p.grad = within(q.grad, math.nan)
+        clipped.step()
+        other.step()
+        if kind is ClippedAdamW and step == 0:
+            for name in ("exp_avg", "exp_avg_sq"):
+                clipped.state[p][name] = within(clipped.state[p][name], 7.0)
+                written.append(clipped.state[p][name])
+    assert torch.equal(p, q)
+    assert all((beside(view) == 7).all() for view in written)
+
+
+@pytest.mark.parametrize("size", [16, 18])
+@pytest.mark.parametrize(
+    ("kind", "moved"),
+    [
+        *((ClippedAdamW, name) for name in (None, "theta", "grad", "exp_avg", "exp_avg_sq")),
+        *((ClippedSGD, name) for name in (None, "theta", "grad")),
+    ],
+)
+def test_four_numbers_are_read_at_once_where_every_tensor_allows_it(
+    kind: type, moved: str | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU stops at four numbers that are not aligned; the interpreter would read them."""
+    first, p = parameters([(16,), (size,)])
+    optimizer = kind([first, p], lr=0.1, backend="triton")
+    set_grads(0, [first, p])
+    if moved == "theta":
+        p.data = within(p.data, 0.0, offset=1)
+    if moved == "grad":
+        p.grad = within(p.grad, 0.0, offset=1)
+    if kind is ClippedAdamW:
+        optimizer.step()
+        state = optimizer.state[p]
+        if moved in state:
+            state[moved] = within(state[moved], 0.0, offset=1)
+    said: list[int] = []
+
+    def checked(name: str, size: int) -> None:
+        """What a function calls a multiple of VECTOR elements is one."""
+        real = getattr(update_triton, name)
+
+        def call(*given: Any) -> Any:
+            value = real(*given)
+            assert value.handle.data.item() % (size * given[-1]) == 0
+            said.append(given[-1])
+            return value
+
+        monkeypatch.setattr(update_triton, name, call)
+
+    checked("pointer", 4)
+    optimizer.step()
+    squares = 1 if moved == "grad" or size % 4 else 4
+    update = 1 if moved or size % 4 else 4
+    tensors = 4 if kind is ClippedAdamW else 2
+    assert said == [4, squares, *[4] * tensors, *[update] * tensors]
+    checked("length_of", 1)
+    optimizer.step()
+
+
 def three_steps(backend: str, compiler: str | None) -> list[torch.Tensor]:
     """Three norms and the parameters after them, the whole step inside torch.compile or not."""
     random = torch.Generator().manual_seed(0)
@@ -549,7 +633,10 @@ SENSELESS = [
     ({"betas": (0.9, math.nan)}, "betas are"),
     ({"betas": (0.9,)}, "betas are"),
     ({"eps": -1e-8}, "eps is -1e-08"),
+    ({"eps": math.inf}, "eps is inf"),
     ({"weight_decay": math.nan}, "weight_decay is nan"),
+    ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+    ({"weight_decay": math.inf}, "weight_decay is inf"),
     ({"max_norm": math.nan}, "max_norm is nan"),
     ({"maximize": True}, "maximize is True, must be False"),
 ]
@@ -573,6 +660,19 @@ def test_a_setting_out_of_its_range_is_refused(settings: dict, message: str) -> 
         with pytest.raises(ValueError, match=message):
             call()
     assert torch.equal(params[0], before)
+
+
+def test_zero_is_a_setting_like_others() -> None:
+    """Without eps, decay or memory of gradients AdamW moves each number by eta."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    p.grad = torch.tensor([3.0, -0.5])
+    optimizer = ClippedAdamW([p], 0.25, (0.0, 0.0), 0.0, 0.0)
+    optimizer.step()
+    torch.testing.assert_close(p.data, torch.tensor([0.75, -1.75]))
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before)
 
 
 def test_a_parameter_that_cannot_be_updated_is_refused() -> None:

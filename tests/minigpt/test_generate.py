@@ -1,6 +1,7 @@
 """Generation: greedy against transformers, sampling against the closed form of its distribution."""
 
 import copy
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -222,6 +223,16 @@ def test_logits_that_are_not_finite_are_refused(temperature, value, seven):
         Sampling(temperature=temperature).choose(logits)
 
 
+def test_of_equally_likely_tokens_top_p_keeps_the_first():
+    logits = torch.zeros(2, 400)
+    logits[:, 300:] = torch.tensor([[1.0], [-1.0]])
+    kept = Sampling(top_p=0.3).probabilities(logits) > 0
+    # 300 weigh 1 each, the last 100 e or 1 / e; the likelier ones come first
+    counts = [math.ceil(0.3 * (300 / math.e + 100)), math.ceil(0.3 * (300 + 100 / math.e))]
+    assert kept[0].nonzero().flatten().tolist() == [*range(300, 300 + counts[0])]
+    assert kept[1].nonzero().flatten().tolist() == [*range(counts[1])]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_probabilities_equal_those_of_transformers(seed):
     """Any mixture of settings; the expected values come from its processors, one by one."""
@@ -362,6 +373,14 @@ def test_an_end_that_never_comes_changes_nothing(tiny_neo):
     free = greedy(tiny_neo[1], ids, 12)
     never = next(i for i in range(101) if not (free[:, 6:] == i).any())
     assert torch.equal(greedy(tiny_neo[1], ids, 12, eos_token_id=never), free)
+
+
+@pytest.mark.parametrize("end", [0, 100])
+def test_the_first_and_the_last_token_may_be_ends(tiny_neo, end):
+    model = copy.deepcopy(tiny_neo[1])
+    model.head = torch.nn.Linear(model.config.hidden_size, 101)  # whose bias decides
+    model.head.bias.data[end] = 1e6
+    assert greedy(model, tokens(101, 1, 6), 3, eos_token_id=end)[0, 6:].tolist() == [end]
 
 
 def test_an_end_inside_the_prompt_does_not_count(tiny_neo):

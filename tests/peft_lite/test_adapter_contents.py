@@ -24,6 +24,7 @@ from peft_lite import (
     IA3Config,
     LoraConfig,
     storage,
+    tensor_files,
 )
 from tests.peft_lite.peft_methods import fresh, of, shake, trained
 from tests.peft_lite.peft_models import Picture, Plain, live, output, pair, perturb, tokens
@@ -507,6 +508,31 @@ def test_a_header_too_large_is_not_read(tmp_path: Path) -> None:
     file = saved(tmp_path) / "adapter_model.safetensors"
     file.write_bytes((2**40).to_bytes(8, "little") + b"{}")
     refuse(tmp_path, r"its header has 1,099,511,627,776 bytes, at most")
+
+
+@pytest.mark.parametrize("read", [tensor_files.read_named_tensors, tensor_files.read_outline])
+def test_a_header_is_read_up_to_its_largest_size(
+    read: Callable[[Path], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr(tensor_files, "MAX_HEADER", size)
+    assert read(path)["a"].shape == (2,)
+    monkeypatch.setattr(tensor_files, "MAX_HEADER", size - 1)
+    with pytest.raises(ValueError, match=f"its header has {size} bytes, at most {size - 1} are"):
+        read(path)
+
+
+def test_tensors_that_share_the_bytes_of_a_pickle_take_twice_as_many_at_most(
+    tmp_path: Path,
+) -> None:
+    path, shared = tmp_path / "a.bin", torch.arange(1e5)
+    torch.save({"a": shared, "b": shared}, path)
+    assert all(torch.equal(t, shared) for t in tensor_files.read_named_tensors(path).values())
+    torch.save({"a": shared, "b": shared, "c": shared}, path)
+    with pytest.raises(ValueError, match="its tensors take more than twice its bytes"):
+        tensor_files.read_named_tensors(path)
 
 
 def test_no_advice_to_read_a_damaged_pickle_anyway(tmp_path: Path) -> None:

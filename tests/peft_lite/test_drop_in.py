@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import minigpt
 import peft_lite
 from peft_lite import BottleneckConfig, DoraConfig, IA3Config, LoraConfig
+from peft_lite.wrapper import Wrapper
 
 D = 8
 CONFIGS: dict[str, Callable[[str], Any]] = {
@@ -293,3 +294,8 @@ def test_a_scaled_table_is_that_of_peft(use_dora: bool) -> None:
             of_peft.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
     torch.testing.assert_close(ours(ids), theirs(ids))
     assert (ours(ids) - model()(ids)).abs().max() > 0.1
+
+
+def test_a_wrapper_that_is_not_built_yet_has_no_attributes() -> None:
+    """Libraries that copy or show objects ask some before `__init__` has filled them."""
+    assert not hasattr(Wrapper.__new__(Wrapper), "weight")

@@ -49,6 +49,8 @@ CONFORMS: list[tuple[Any, Any, bool]] = [
     (True, float, False),
     (3, float, True),
     (None, int | None, True),
+    (None, None, True),
+    (0, None, False),
     ("3", int | None, False),
     (["a"], list[str], True),
     (["a"], tuple[str, ...], True),
@@ -73,6 +75,26 @@ def test_types(value: object, hint: object, right: bool) -> None:
             check_types({"field": value}, {"field": hint}, "here: ")
 
 
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (int | None, "a whole number or null"),
+        (None, "null"),
+        (float, "a number"),
+        (bool | str, "true or false or a text"),
+        (Literal["up", True], '"up" or true'),
+        (Mapping[str, int], "an object"),
+        (dict[str, int], "an object"),
+        (list[str], "a list"),
+        (tuple[int, ...], "a list"),
+    ],
+    ids=str,
+)
+def test_a_type_is_named_in_words(hint: object, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^field is .*, must be {words}$"):
+        check_types({"field": object()}, {"field": hint})
+
+
 def test_fields_without_a_type_are_passed_over() -> None:
     check_types({"other": object()}, {"field": int})
 
@@ -84,3 +106,7 @@ def test_what_a_message_shows_is_cut_and_obeyed_by_no_terminal() -> None:
             assert len(shown) <= 200
     assert printable("a tensor.weight, é") == "a tensor.weight, é"
     assert short("é\x1b") == r'"\u00e9\u001b"'
+    assert short("a" * 58) == f'"{"a" * 58}"'
+    assert short("a" * 59) == f'"{"a" * 56}...'
+    assert printable("a" * 200) == "a" * 200
+    assert printable("a" * 201) == "a" * 197 + "..."

@@ -241,6 +241,7 @@ def test_detach_restores_modules_weights_flags_and_modes(
         handle.merge()
     handle.detach()
     assert Picture(model) == before
+    assert not model._state_dict_pre_hooks
     assert not first.requires_grad
 
 

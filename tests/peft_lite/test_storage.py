@@ -82,3 +82,35 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
     storage.replace_folder(tmp_path / "new", tmp_path / "old")
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["new"]
     assert not (tmp_path / "new").exists()
+
+
+def test_bytes_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor: int) -> None:
+        number = os.fstat(descriptor).st_ino
+        (path,) = (p for p in (tmp_path, *tmp_path.iterdir()) if p.stat().st_ino == number)
+        events.append(("on the disk", path.name))
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        events.append(("renamed to", Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    folder = ("on the disk", tmp_path.name)
+    storage.write_text(tmp_path / "a", "new")
+    assert events == [("on the disk", "a.partial"), ("renamed to", "a"), folder]
+    events.clear()
+    storage.write_pair(tmp_path / "t", {"a": torch.ones(2)}, tmp_path / "c", {"b": 1})
+    partial = [("on the disk", name) for name in ("t.partial", "c.partial")]
+    names = [("renamed to", name) for name in "tc"]
+    assert events == [*partial, folder, names[0], folder, names[1], folder]
+    events.clear()
+    (tmp_path / "written").mkdir()
+    storage.replace_folder(tmp_path / "written", tmp_path / "final")
+    assert events == [folder]

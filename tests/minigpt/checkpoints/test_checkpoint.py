@@ -703,6 +703,13 @@ def test_missing_path_is_an_error_without_asking_the_hub(monkeypatch, source):
         minigpt.load(source)
 
 
+def test_a_model_knows_its_folder_from_anywhere(checkpoint, monkeypatch):
+    folder = checkpoint("BertModel")[1]
+    monkeypatch.chdir(folder.parent)
+    assert minigpt.load(folder.name).name_or_path == str(folder.resolve())
+    assert Bert(BertConfig(hidden_size=12, num_hidden_layers=1)).name_or_path is None
+
+
 def test_a_file_is_no_model_directory(checkpoint):
     with pytest.raises(ValueError, match="no such model directory"):
         minigpt.load(checkpoint("BertModel")[1] / "config.json")
@@ -744,8 +751,10 @@ def test_hub_gives_a_model(monkeypatch, checkpoint, tmp_path, old):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    ours = minigpt.load("someone/model")
     with torch.no_grad():
-        assert_close(minigpt.load("someone/model")(IDS), hf(IDS)[0])
+        assert_close(ours(IDS), hf(IDS)[0])
+    assert ours.name_or_path == "someone/model"
     assert asked == [("someone/model", False)] + [("someone/model", True)] * old
 
 

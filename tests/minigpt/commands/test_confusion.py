@@ -42,7 +42,7 @@ def test_the_picture_shows_counts_and_names(
     monkeypatch.setattr(pyplot, "close", figures.append)
     n = len(names)
     matrix = [[3 * i + j for j in range(n)] for i in range(n)]
-    matrix[1] = [0] * n
+    matrix[0], matrix[1] = [1, *[0] * (n - 1)], [0] * n
     confusion.draw(tmp_path / "a.png", matrix, names)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -52,8 +52,12 @@ def test_the_picture_shows_counts_and_names(
     if n == 3:
         assert [t.get_text() for t in axes.get_xticklabels()] == names
         assert [t.get_text() for t in axes.get_yticklabels()] == names
+        marks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        assert not any(t.get_parse_math() for t in marks)  # "$a$" is a name
     shares = axes.images[0].get_array()
+    assert shares[0].sum() == shares[0, 0] == 1
     assert shares[2].sum() == pytest.approx(1)
     assert shares[1].sum() == 0
+    assert min(figures[0].get_size_inches()) > min(n, 25) / 2  # room for the numbers
     monkeypatch.undo()
     pyplot.close(figures[0])

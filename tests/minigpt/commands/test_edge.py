@@ -158,12 +158,15 @@ def test_sizes_beyond_every_model_are_refused_at_once(
 def process(
     *given: str | bytes, shell: str = "", **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """The command as a process; `shell` stands behind its arguments."""
+    """The command as a process; `shell` stands behind its arguments.  Its output is buffered, as
+    it is for a user.
+    """
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     line = 'python=$1; shift; "$python" -m minigpt "$@" ' + shell
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line, "bash", sys.executable, *given],
         capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**here, "HF_HUB_OFFLINE": "1", **environment},
         check=False,
     )
 

@@ -1,6 +1,7 @@
 """The kinds of tokenizer files against the libraries' own reading of them, on real texts."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import tokenizers
@@ -352,6 +353,15 @@ def test_trained_word_pieces_make_the_round_trip_through_their_file(texts, tmp_p
     assert len(trained.encode(story)) < 0.7 * len(story)
 
 
+@pytest.mark.parametrize("learn", [Tokenizer.train, Tokenizer.train_word_piece])
+def test_a_vocabulary_has_one_to_a_million_tokens(learn: Callable[..., Tokenizer]) -> None:
+    for size in (1, 2**20):
+        assert 1 <= learn(["a few words, a few letters"], size).vocab_size < 600
+    for size in (0, -1, 2**20 + 1):
+        with pytest.raises(ValueError, match=f"vocab_size is {size}, must be 1 to 1,048,576"):
+            learn(["a"], size)
+
+
 def test_word_pieces_are_learned_alike_every_time(texts):
     """The library's own numbering changes from run to run."""
     first, *others = [Tokenizer.train_word_piece(texts, 600).backend.to_str() for _ in range(4)]
@@ -395,6 +405,19 @@ def test_word_level_vocabulary_without_a_separator_has_no_end_of_text():
     tokenizer = Tokenizer(backend)
     assert tokenizer.end_of_text is None
     assert tokenizer.vocab_size == 5
+
+
+@pytest.mark.parametrize("marks", [[], ["<s>"], ["<lang>", "<s>"]])
+def test_a_text_starts_with_the_marks_of_its_file(marks: list[str]) -> None:
+    ids = {"a": 0, "<s>": 1, "</s>": 2, "<lang>": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="a"))
+    backend.add_special_tokens([*ids][1:])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*marks, "$A", "</s>"], special_tokens=[*ids.items()][1:]
+    )
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.start == [ids[mark] for mark in marks]
+    assert tokenizer.encode("a") == [0]  # they are put there by who wants them
 
 
 @pytest.mark.parametrize("rows", [50257, 50304, 50257 + 1023])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -206,3 +207,34 @@ def test_the_most_labels_are_taken_and_one_more_is_refused() -> None:
     for labels in (0, 2**20 + 1):
         with pytest.raises(ValueError, match="must be 1 to 1,048,576"):
             ARCHITECTURE.outline(config, "classification", labels)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_classifier_has_two_classes_unless_it_is_told(kind: str) -> None:
+    architecture = ARCHITECTURES[kind]
+    small = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = architecture.config_from({**small, "vocab_size": 9, "intermediate_size": 2})
+    for model in (
+        architecture.model(config, "classification"),
+        architecture.build(config, "classification"),
+        architecture.outline(config, "classification"),
+    ):
+        shapes = [tuple(p.shape) for n, p in model.named_parameters() if n.startswith("head.")]
+        assert (2, 2) in shapes
+        assert shapes[-1] == (2,)
+        assert model.num_labels == 2
+
+
+TASKS = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}  # HF PEFT has none for masked-lm
+
+
+@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+def test_peft_is_told_what_a_head_is_for(kind: str) -> None:
+    architecture = ARCHITECTURES[kind]
+    config = architecture.config_from(
+        {"model_type": kind, "num_layers": 1, "n_layer": 1, "num_hidden_layers": 1}
+    )
+    for head in architecture.heads:
+        task = architecture.outline(config, head).task_type
+        assert task == TASKS.get(head, "FEATURE_EXTRACTION")
+        assert task in list(peft.TaskType)

@@ -10,6 +10,7 @@ from torch import Tensor
 from minigpt.models.attention import (
     Attention,
     Cache,
+    block_mask,
     fast_attention,
     naive_attention,
     positions,
@@ -62,6 +63,20 @@ def test_visible_equals_brute_force(T, window, padding):
     seen = [[row.nonzero().flatten().tolist() for row in mask[b, 0]] for b in range(B)]
     assert mask.shape == (B, 1, T, 7)
     assert seen == brute_force(T, 7, window, padding, B)
+
+
+@pytest.mark.parametrize("T", [1, 3, 7])
+@pytest.mark.parametrize("window", [None, 1, 6, 7, 9])
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
+def test_a_mask_is_made_where_one_is_needed(T, window, padding):
+    """Without one a single query sees all, and `causal` is a triangle of as many keys."""
+    mask, causal = block_mask(T, 7, window, padding, torch.device("cpu"))
+    seen = brute_force(T, 7, window, padding)
+    all_or_triangle = T in (1, 7) and seen == [[list(range(7 - T + t + 1)) for t in range(T)]]
+    assert (mask is None) == (padding is None and all_or_triangle)
+    assert causal == (mask is None and T == 7)
+    if mask is not None:
+        assert torch.equal(mask, visible(T, 7, window, padding))
 
 
 KINDS = {  # T, S, mask, causal, what each query sees

@@ -54,6 +54,20 @@ def test_few_rows_are_one_to_five(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == (1 <= rows <= 5)
 
 
+@pytest.mark.parametrize(
+    ("N", "apart"), [(16, False), (23, False), (24, True), (32, False), (37, True)]
+)
+def test_rows_are_stored_apart_where_they_are_wide_and_unaligned(
+    N: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere it is torch's own product, which can be differentiated twice."""
+    calls = []
+    counted = lambda *inputs: calls.append(inputs) or F.linear(*inputs)  # noqa: E731
+    monkeypatch.setattr(linear._WideRows, "apply", counted)
+    layer(13, N, True, torch.float32)(torch.randn(9, 13))
+    assert len(calls) == apart
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "x", "all"])
 def test_gradients_of_a_wide_layer_come_for_what_trains(frozen: str) -> None:
     ours = layer(13, 37, True, torch.float64)

@@ -169,7 +169,7 @@ def test_texts_and_windows_that_are_too_short() -> None:
             list(fixed_masked_windows(nothing, 16, 1, MASKING))
 
 
-@pytest.mark.parametrize(("width", "heads"), [(64, 2), (128, 4), (30, 3)])
+@pytest.mark.parametrize(("width", "heads"), [(64, 2), (128, 4), (27, 3)])
 def test_a_local_start_looks_at_near_tokens(width: int, heads: int) -> None:
     config = transformers.BertConfig(
         vocab_size=V,
@@ -197,6 +197,16 @@ def test_a_local_start_looks_at_near_tokens(width: int, heads: int) -> None:
     for weights in attentions:
         assert (weights * distance).sum(-1).mean() < 0.6 * distance.float().mean()
         assert weights[..., distance <= 2].mean() > 2 * weights.mean()
+    positions, half = model.embeddings.position.weight, width // 2
+    for t in (0, 1, 2, 63):
+        angles = [t * 100 ** (-2 * k / width) for k in range(half)]
+        waves = [0.1 * wave(angle) for wave in (math.sin, math.cos) for angle in angles]
+        assert positions[t, : 2 * half].tolist() == pytest.approx(waves, abs=1e-6)
+    for block in model.blocks:
+        query, key = block.attention.query.weight, block.attention.key.weight
+        assert torch.equal(query, key)
+        spread = math.sqrt(8 / (width * math.sqrt(width / heads)))
+        assert query.std().item() == pytest.approx(spread, rel=5 / (2 * query.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("loss", [masked_language_model_loss, language_model_loss])

@@ -20,7 +20,7 @@ import pytest
 from minigpt.commands.cli import main
 from minigpt.metrics.intervals import Estimate
 from minigpt.studies import STUDIES, published, study
-from minigpt.studies.claims import CLAIMS, Finding, above, below, count
+from minigpt.studies.claims import CLAIMS, Finding, about, above, below, count
 from minigpt.studies.figures import FROZEN, FULL, Figures, line, smooth
 from minigpt.studies.lab import Lab, Part
 from minigpt.studies.paired import (
@@ -142,6 +142,9 @@ def waits(folder: Path) -> dict[str, Any]:
         (-30, -20, 5, below, -5.0, "holds in direction"),
         (1, 2, 5, below, None, "fails"),
         (0, 2, 5, above, None, "undecided"),
+        (-2, 0, 5, above, None, "undecided"),
+        (20, 30, 5, above, 20.0, "holds"),
+        (20, 30, 5, above, 30.0, "holds"),
     ],
 )
 def test_verdicts(
@@ -155,6 +158,24 @@ def test_verdicts(
     assert judge(Estimate((low + high) / 2, low, high), seeds, quoted=quoted) == verdict
     shifted = Estimate((low + high) / 2 + 7, low + 7, high + 7)
     assert judge(shifted, seeds, 7.0, None if quoted is None else quoted + 7) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "verdict"),
+    [
+        (5, 20, 5, "holds"),
+        (4.9, 20, 5, "undecided"),
+        (5, 20.1, 5, "undecided"),
+        (20.1, 30, 5, "fails"),
+        (1, 4.9, 5, "fails"),
+        (20, 30, 5, "undecided"),
+        (1, 5, 5, "undecided"),
+        (5, 20, 4, "undecided"),
+        (21, 30, 4, "undecided"),
+    ],
+)
+def test_about_is_half_to_twice(low: float, high: float, seeds: int, verdict: str) -> None:
+    assert about(Estimate((low + high) / 2, low, high), seeds, quoted=10.0) == verdict
 
 
 def test_counts_are_equal_or_not() -> None:
@@ -200,6 +221,24 @@ def test_a_report_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     assert results["tables"][0]["rows"] == [["a", "A", "aa"], ["b", "B", "bb"]]
 
 
+WRITE_UPS: dict[str, dict[str, Any]] = {
+    "targeted-freezing": {
+        **{"steps": 474, "batch_size": 16, "sequence_length": 256, "lr": 5e-4},
+        **{"weight_decay": 0.01, "popular": 100, "starts": 10, "tokens": 100},
+    },
+    "partial-freezing": {
+        **{"steps": 476, "batch_size": 16, "sequence_length": 256, "lr": 5e-5, "popular": 100}
+    },
+    "clipping-and-schedule": {
+        **{"steps": 300, "batch_size": 64, "sequence_length": 512, "lr": 1e-5},
+        **{"max_norm": 1.0, "evaluate_every": 10},
+    },
+    # those of the two before, where the write-up names none
+    "lora-rank": {"steps": 476, "batch_size": 16, "sequence_length": 256, "full_lr": 5e-5},
+    "peft-methods": {"steps": 300, "batch_size": 64, "sequence_length": 512 - 20},
+}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_published_settings_ask_for_a_model_and_texts(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -213,9 +252,9 @@ def test_published_settings_ask_for_a_model_and_texts(
     assert not (tmp_path / "a").exists()
     given = dict.fromkeys(module.SOURCES, "mine")
     chosen = module.Settings(**published(name, {**given, "steps": 3}))
-    want = {**module.PUBLISHED, **given, "steps": 3}
+    want = {**WRITE_UPS[name], **given, "steps": 3}
     assert {key: getattr(chosen, key) for key in want} == want
-    assert module.PUBLISHED["batch_size"] in (16, 64)
+    assert published(name, given)["steps"] == WRITE_UPS[name]["steps"]
 
 
 def test_smooth_is_the_mean_of_what_came_before() -> None:

@@ -26,7 +26,7 @@ from minigpt.studies.lora_rank import (
     measure,
     part_name,
 )
-from minigpt.training.train import Interrupted
+from minigpt.training.train import Interrupted, TrainConfig
 from tests.minigpt.studies.studies import Here, refused, stopping
 
 D, L = 8, 2
@@ -163,6 +163,12 @@ def test_the_scale_falls_with_the_root_of_the_rank(base: Path) -> None:
             change = layer(torch.eye(D)) - layer.base(torch.eye(D))
         # every element of s B A is s r
         assert change.numpy() == pytest.approx(np.full((D, D), 3 / r**0.5 * r), rel=1e-5)
+
+
+@pytest.mark.parametrize(("arm", "rate"), [(lora_rank.FULL, 3e-3), ("4", 2e-2)])
+def test_rates_and_warm_up(base: Path, arm: str, rate: float) -> None:
+    chosen = settings(base, steps=39, lr=2e-2, full_lr=3e-3)
+    assert chosen.training(arm) == TrainConfig(39, rate, warmup_steps=3, snapshot_every=100)
 
 
 def test_parts_can_be_sent_to_a_process(base: Path) -> None:

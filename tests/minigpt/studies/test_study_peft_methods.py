@@ -1,5 +1,6 @@
 """The study of methods on a tiny encoder: its counts, its start, its verdicts, its mistakes."""
 
+import csv
 import json
 import math
 import pickle
@@ -16,12 +17,13 @@ from minigpt.commands.cli import main
 from minigpt.objectives.classify import new_modules
 from minigpt.studies import peft_methods, training
 from minigpt.studies.claims import CLAIMS
-from minigpt.studies.encoder_methods import METHODS, attach
+from minigpt.studies.encoder_methods import LR, METHODS, attach
 from minigpt.studies.encoders import read_rows
 from minigpt.studies.peft_methods import Measured, findings, measure, variances
 from minigpt.training.train import Interrupted
 from tests.minigpt.studies.studies import Here, refused, stopping
 
+RATES = Path(__file__).parents[3] / "docs" / "studies" / "peft_rates.csv"
 D, L, INNER, POSITIONS = 12, 2, 20, 48
 NEW = D * D + D + 2 * D + 2  # pooler and classifier
 BLOCK = 4 * (D * D + D) + (D * INNER + INNER) + (INNER * D + D) + 4 * D
@@ -157,6 +159,15 @@ def test_each_claim_of_the_write_up_has_a_finding_and_a_page(finished: Path) -> 
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png") == 4
     assert all(method in page for method in METHODS)
+
+
+def test_rates_are_the_middle_ones_of_those_tried() -> None:
+    rows = list(csv.DictReader(RATES.read_text().splitlines()))
+    for method, rate in LR.items():
+        tried = {float(row["rate"]): row for row in rows if row["method"] == method}
+        assert rate == sorted(tried)[1]
+        if method in ("full", "freeze", "lora", "dora", "bottleneck"):
+            assert rate == min(tried, key=lambda r: float(tried[r]["heldout_loss"]))
 
 
 def test_parts_can_be_sent_to_a_process_and_go_seed_by_seed(base: Path) -> None:

@@ -281,6 +281,30 @@ def test_the_newest_snapshots_are_those_of_the_highest_steps(tmp_path: Path) -> 
     assert state["step"] == 10_000_000
 
 
+def test_a_snapshot_makes_its_folder(tmp_path: Path) -> None:
+    parameters = {"a": nn.Parameter(torch.ones(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    for step in (1, 2):
+        snapshot.save(tmp_path / "run" / "snapshots", step, parameters, optimizer, {})
+    assert len(snapshot.files(tmp_path / "run" / "snapshots")) == 2
+
+
+def test_the_random_numbers_of_a_gpu_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = {"a": nn.Parameter(torch.ones(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    state, run = torch.arange(16, dtype=torch.uint8), {"frozen": "", "settings": {}}
+    set_to: list[Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_to.append)
+    snapshot.save(tmp_path, 1, parameters, optimizer, run)
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)  # noqa: B023
+        assert snapshot.restore(tmp_path, parameters, optimizer, run) is not None
+        assert len(set_to) == available
+    assert torch.equal(set_to[0], state)
+
+
 def test_every_bit_of_a_snapshot_counts(tmp_path: Path) -> None:
     file = stopped(tmp_path)[-1]
     whole, draw = file.read_bytes(), random.Random(0)
