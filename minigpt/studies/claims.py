@@ -13,7 +13,7 @@ count has no interval and no seeds: it is equal to the quoted one, or not.  A cl
 is about so much holds within a factor of two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -99,6 +99,13 @@ def about(measured: Estimate, n: int, quoted: float) -> str:
     return decided("fails", n) if apart else "undecided"
 
 
+def all_of(verdicts: Sequence[str]) -> str:
+    """The verdict on a claim about all of several things."""
+    if "fails" in verdicts:
+        return "fails"
+    return "holds" if set(verdicts) == {"holds"} else "undecided"
+
+
 def decided(verdict: str, n: int) -> str:
     """The verdict, if there are seeds enough for one."""
     return verdict if n >= SEEDS else "undecided"
@@ -111,6 +118,7 @@ def count(measured: T, quoted: T) -> str:
 
 FREEZING, PARTIAL = "targeted-freezing", "partial-freezing"
 CLIPPING, METHODS, RANK = "clipping-and-schedule", "peft-methods", "lora-rank"
+QLORA = "qlora"
 HUB = "needs the published model's weights, which are not part of the project"
 
 CLAIMS: Mapping[str, Claim] = {
@@ -188,9 +196,14 @@ CLAIMS: Mapping[str, Claim] = {
         "004", "LoRA of rank 8 on a 512 x 64 matrix", "4,608 against 32,768, 86 % fewer", RANK),
     "rank.plateau": Claim("004", "quality against the rank reaches a plateau", "", RANK),
     "survey.double-quantization": Claim(
-        "004", "double quantization saves about 0.4 bit a parameter",
-        "3 GB at 65 B", "", "there is no 4-bit codec in the project yet"),
-    "survey.qlora": Claim(
-        "004", "4-bit weights cost little accuracy", "", "",
-        "there is no 4-bit codec in the project yet"),
+        "004", "double quantization saves about 0.4 bit a parameter", "3 GB at 65 B", QLORA),
+    "survey.qlora": Claim("004", "4-bit weights cost little accuracy", "", QLORA),
+    "survey.nf4": Claim("004", "NF4 suits weights better than other codes of 4 bits", "", QLORA),
+    "survey.all-linear": Claim(
+        "004", "on 4-bit weights LoRA on every linear layer learns more than on attention alone",
+        "", QLORA),
+    "survey.memory": Claim("004", "LoRA on 4-bit weights takes less memory", "", QLORA),
+    "survey.paged": Claim(
+        "004", "the optimizer's state moves to the CPU's memory when the GPU's is full", "", "",
+        "needs a GPU whose memory is full"),
 }  # fmt: skip

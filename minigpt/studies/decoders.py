@@ -68,6 +68,12 @@ def load_decoder(source: str, device: str | None = None) -> Decoder:
     return Decoder(model, tokenizer, f"{gguf.opened(directory).most()} weights" if rounded else "")
 
 
+def check_positions(decoder: Decoder, length: int) -> None:
+    """Raises ValueError when the model has too few positions for windows of a length."""
+    if length > (limit := decoder.model.max_tokens):
+        raise ValueError(f"--sequence-length is {length}, there are {limit} positions for tokens")
+
+
 def token_ids(decoder: Decoder, source: str) -> Tensor:
     """The whole text, (n,)."""
     return decoder.tokenizer.ids(text_of(source))

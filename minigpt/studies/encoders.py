@@ -76,6 +76,28 @@ def read_rows(
     return train, balanced(test, 2 * rarer if test_rows is None else test_rows, 0)
 
 
+def load_encoder(
+    source: str, rows: tuple[Rows, Rows], length: int, seed: int, quantize: str | None = None
+) -> Encoder:
+    """The model called `source` with a classifier of this seed, on the GPU where there is one.
+
+    Args:
+        rows: to learn from, and held out; cut to `length` tokens.
+        quantize: "nf4": the linear layers but the head in 4 bits.
+
+    Raises:
+        ValueError: the model is no encoder, or its tokenizer is another model's.
+    """
+    directory = find(source)
+    tokenizer = Tokenizer.load(directory)
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(directory, head="classification", num_labels=2, device=device, quantize=quantize)
+    tokenizer.check(model.config.vocab_size)
+    train, test = (encode(part, tokenizer, length) for part in rows)
+    return Encoder(model, tokenizer, train, test)
+
+
 class Sentiment:
     """The settings that 002 and 003 share: an encoder and labelled texts."""
 
@@ -95,11 +117,4 @@ class Sentiment:
         Raises:
             ValueError: the model is no encoder, or the data cannot be read or lacks rows.
         """
-        directory = find(self.model)
-        tokenizer = Tokenizer.load(directory)
-        torch.manual_seed(seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load(directory, head="classification", num_labels=2, device=device)
-        tokenizer.check(model.config.vocab_size)
-        train, test = (encode(rows, tokenizer, self.sequence_length) for rows in self.rows(seed))
-        return Encoder(model, tokenizer, train, test)
+        return load_encoder(self.model, self.rows(seed), self.sequence_length, seed)

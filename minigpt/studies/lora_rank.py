@@ -45,7 +45,7 @@ from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
 from minigpt.studies.claims import Finding, count, decided
 from minigpt.studies.counts import lora_counts
-from minigpt.studies.decoders import DECODER, load_decoder, split_ids
+from minigpt.studies.decoders import DECODER, check_positions, load_decoder, split_ids
 from minigpt.studies.figures import OTHERS, Figures, line, points
 from minigpt.studies.lab import Part, Result
 from minigpt.studies.paired import differences
@@ -109,11 +109,7 @@ def parts(settings: Settings) -> list[Part]:
     for arm in (FULL, str(RANKS[0])):
         settings.training(arm)
     decoder = load_decoder(settings.model)
-    if settings.sequence_length > decoder.model.max_tokens:
-        raise ValueError(
-            f"--sequence-length is {settings.sequence_length}, there are "
-            f"{decoder.model.max_tokens} positions for tokens"
-        )
+    check_positions(decoder, settings.sequence_length)
     learned, left = split_ids(decoder, settings.text, settings.heldout)
     list(consecutive_windows(left, settings.sequence_length, settings.batch_size))
     for share in SHARES:

@@ -53,7 +53,7 @@ from minigpt.objectives.classify import (
 from minigpt.settings.options import option, with_default
 from minigpt.settings.training import TrainingOptions
 from minigpt.studies import figures as styles
-from minigpt.studies.claims import Finding, about, above, below, count
+from minigpt.studies.claims import Finding, about, above, all_of, below, count
 from minigpt.studies.counts import lora_counts
 from minigpt.studies.encoder_methods import FLOOR, FULL, LR, METHODS, attach
 from minigpt.studies.encoders import (
@@ -441,13 +441,6 @@ def findings(m: Measured) -> list[Finding]:
             "nothing, however cheap.",
         ),
     ]
-
-
-def all_of(verdicts: Sequence[str]) -> str:
-    """The verdict on a claim about all of several things."""
-    if "fails" in verdicts:
-        return "fails"
-    return "holds" if set(verdicts) == {"holds"} else "undecided"
 
 
 def tables(m: Measured) -> list[Table]:

@@ -16,15 +16,16 @@ STUDIES = Path(__file__).parents[3] / "docs" / "studies"
 COUNTED = {
     *("freezing.count", "freezing.inverse-count", "partial.count", "partial.literal"),
     *("partial.optimizer", "clipping.count", "clipping.rates", "clipping.measure"),
-    *("methods.lora-count", "rank.count"),
+    *("methods.lora-count", "rank.count", "survey.double-quantization"),
 }
-LEAST = {"lora-rank": 2, "peft-methods": 3}  # seeds without which the study is refused
+LEAST = {"lora-rank": 2, "peft-methods": 3, "qlora": 2}  # seeds without which the study is refused
 UNDECIDED = {  # what the answer says when nothing is known about the direction
     "targeted-freezing": "which fell further is not decided",
     "partial-freezing": "it is not decided whether less is forgotten",
     "clipping-and-schedule": "tell",
     "peft-methods": "not clearly",
     "lora-rank": "not clearly",
+    "qlora": "not clearly",
 }
 JITTER = 1e-4
 
