@@ -321,6 +321,18 @@ def test_second_merge_is_refused_and_adds_nothing() -> None:
     assert torch.equal(lora.base.weight, once)
 
 
+def test_a_merged_model_gives_and_takes_no_state_dict() -> None:
+    model = Plain()
+    handle = peft_lite.attach(model, LoraConfig(["out"], r=2))
+    state = model.state_dict()
+    handle.merge()
+    for use in (model.state_dict, lambda: model.load_state_dict(state)):
+        with pytest.raises(ValueError, match="a state_dict while a method is merged"):
+            use()
+    handle.unmerge()
+    model.load_state_dict(state)
+
+
 def test_nothing_is_kept_once_it_is_unmerged() -> None:
     """A second weight would move with the model, and be restored after a later merge."""
     model, handle, _ = layer()

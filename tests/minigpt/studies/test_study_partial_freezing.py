@@ -297,6 +297,10 @@ REFUSED = {
     "no pretraining text": (["--pretraining-text", "/no/such/text"], "cannot read the text"),
     "more popular tokens than there are": (["--popular", "299"], "k is 299, the text has"),
     "a window longer than the model": (["--sequence-length", "33"], "33, the model has 32 pos"),
+    "a text without a window": (
+        ["--text2", "BRIEF", "--popular", "1"],
+        "tokens to train on, a window of",
+    ),
     "one batch": (["--steps", "1"], "steps is 1"),
     "one round": (["--rounds", "1"], "rounds is 1"),
 }
@@ -306,6 +310,8 @@ REFUSED = {
 def test_what_is_refused_leaves_nothing(
     more: list[str], reason: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = [str(folder / "encoder") if word == "ENCODER" else word for word in more]
+    (brief := tmp_path / "brief.txt").write_text((folder / "other.txt").read_text()[:20])
+    paths = {"ENCODER": str(folder / "encoder"), "BRIEF": str(brief)}
+    more = [paths.get(word, word) for word in more]
     out = tmp_path / "run"
     refused(command(folder, out, *more), reason, out, capsys)

@@ -515,3 +515,19 @@ def test_mode_is_restored_after_training_and_after_an_error(training: bool) -> N
         train(model, loss, tiny.batch, TrainConfig(steps=2))
     assert model.training == training
     assert modes == [True, True, True]
+
+
+def test_no_gradient_is_left_after_training_and_after_an_error() -> None:
+    model, calls = tiny.gpt_neo(), []
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        calls.append(batch)
+        if len(calls) == 6:  # the second of the two batches of an update
+            raise RuntimeError("broken")
+        return tiny.full_loss(model, batch)
+
+    train(model, loss, tiny.batch, TrainConfig(steps=2, accumulate=2))
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="broken"):
+        train(model, loss, tiny.batch, TrainConfig(steps=2, accumulate=2))
+    assert all(p.grad is None for p in model.parameters())
