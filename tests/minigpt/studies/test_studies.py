@@ -236,6 +236,10 @@ WRITE_UPS: dict[str, dict[str, Any]] = {
     # those of the two before, where the write-up names none
     "lora-rank": {"steps": 476, "batch_size": 16, "sequence_length": 256, "full_lr": 5e-5},
     "peft-methods": {"steps": 300, "batch_size": 64, "sequence_length": 512 - 20},
+    "qlora": {  # rank, alpha and rate are QLoRA's own
+        **{"steps": 476, "encoder_steps": 300, "batch_size": 16, "sequence_length": 256},
+        **{"rank": 64, "alpha": 16, "lr": 2e-4},
+    },
 }
 
 
