@@ -9,7 +9,7 @@ after the other.
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
 from benchmarks.figures import provenance
 from benchmarks.methods import FULL, PEFT
 from benchmarks.startup import TORCH
+
+Task = tuple[str, ...]  # what a line of a table measures
+Seconds = Mapping[str, list[float]]  # by side
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -179,28 +182,48 @@ round; peak is the most memory that the process held while it loaded."""
 
 def real_model(folder: Path) -> str:
     """A line for each task and dtype, a column for each side."""
-    path = folder / "real_model.csv"
-    if not path.exists():
-        return "Not measured yet: `python -m benchmarks.real_model` does."
-    facts, rows = read(path)
-    sides = _values(rows, "side")
-    columns = ["", *sides, f"{OURS} / best", "quartiles", "peak", f"/ {THEIRS}"]
-    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
-    for task in dict.fromkeys((r["what"], r["dtype"]) for r in rows):
-        taken = [r for r in rows if (r["what"], r["dtype"]) == task]
-        seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
+
+    def line(task: Task, taken: Sequence[Mapping[str, str]], seconds: Seconds) -> list[str]:
         peaks = [
-            quartiles([int(r["peak_bytes"]) for r in taken if r["side"] == s and r["peak_bytes"]])
-            for s in (OURS, THEIRS)
+            quartiles([int(r["peak_bytes"]) for r in taken if r["side"] == side])[1]
+            for side in (OURS, THEIRS)
             if all(r["peak_bytes"] for r in taken)
         ]
-        memory = ["", ""]
-        if peaks:
-            memory = [f"{peaks[0][1] / 1e9:.3g} GB", f"{peaks[0][1] / peaks[1][1]:.2f}"]
-        cells = [f"{quartiles(seconds[s])[1]:.3g} s" if seconds[s] else "" for s in sides]
-        cells += _against_best(seconds[OURS], [seconds[s] for s in sides if s != OURS])
-        lines.append(_row([", ".join(task), *cells, *memory]))
-    return "\n\n".join([REAL, measured_on(facts), "\n".join(lines)])
+        memory = [f"{peaks[0] / 1e9:.3g} GB", f"{peaks[0] / peaks[1]:.2f}"] if peaks else ["", ""]
+        cells = [f"{quartiles(s)[1]:.3g} s" if s else "" for s in seconds.values()]
+        others = [s for side, s in seconds.items() if side != OURS]
+        return [", ".join(task), *cells, *_against_best(seconds[OURS], others), *memory]
+
+    more = [f"{OURS} / best", "quartiles", "peak", f"/ {THEIRS}"]
+    return _by_side(folder, "real_model", REAL, ("what", "dtype"), more, line)
+
+
+def _by_side(
+    folder: Path,
+    name: str,
+    about: str,
+    keys: Sequence[str],
+    more: Sequence[str],
+    line: Callable[[Task, Sequence[Mapping[str, str]], Seconds], list[str]],
+) -> str:
+    """A table of a benchmark with a line for each task, a column for each side, and `more` columns.
+
+    Args:
+        keys: columns of the file whose values make a task.
+        line: task, its rows, and its seconds by side -> the cells.
+    """
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return f"Not measured yet: `python -m benchmarks.{name}` does."
+    facts, rows = read(path)
+    sides = _values(rows, "side")
+    columns = ["", *sides, *more]
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    for task in dict.fromkeys(tuple(r[key] for key in keys) for r in rows):
+        taken = [r for r in rows if tuple(r[key] for key in keys) == task]
+        seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
+        lines.append(_row(line(task, taken, seconds)))
+    return "\n\n".join([about, measured_on(facts), "\n".join(lines)])
 
 
 NF4 = """\
@@ -213,22 +236,15 @@ Load is the time to quantise."""
 
 def four_bits(folder: Path) -> str:
     """A line for each shape and number of rows, a column for each side."""
-    path = folder / "nf4.csv"
-    if not path.exists():
-        return "Not measured yet: `python -m benchmarks.nf4` does."
-    facts, rows = read(path)
-    sides = _values(rows, "side")
-    columns = ["", *sides, f"{OURS} / {nf4.BNB}", "quartiles"]
-    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
-    for task in dict.fromkeys((r["shape"], r["rows"], r["what"]) for r in rows):
+
+    def line(task: Task, taken: Sequence[Mapping[str, str]], seconds: Seconds) -> list[str]:
         shape, count, what = task
-        taken = [r for r in rows if (r["shape"], r["rows"], r["what"]) == task]
-        seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
-        cells = [f"{1e3 * quartiles(seconds[s])[1]:.3g}" if seconds[s] else "" for s in sides]
         name = f"{shape}, {what}" + (f", rows {count}" if what != "load" else "")
-        ratios = _against_best(seconds[OURS], [seconds[nf4.BNB]])
-        lines.append(_row([name, *cells, *ratios]))
-    return "\n\n".join([NF4, measured_on(facts), "\n".join(lines)])
+        cells = [f"{1e3 * quartiles(s)[1]:.3g}" if s else "" for s in seconds.values()]
+        return [name, *cells, *_against_best(seconds[OURS], [seconds[nf4.BNB]])]
+
+    more = [f"{OURS} / {nf4.BNB}", "quartiles"]
+    return _by_side(folder, "nf4", NF4, ("shape", "rows", "what"), more, line)
 
 
 def _paper() -> str:

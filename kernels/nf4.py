@@ -204,9 +204,10 @@ def _fill(w: Tensor, it: Quantized, scales: Tensor, begin: int) -> None:
 @cache
 def _quads(device: torch.device) -> Tensor:
     """(65536, 4): the four codes of each two bytes, in the order of memory."""
-    pairs = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).int()
+    both = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16)
+    pairs = both.view(torch.uint8).int()
     halves = torch.stack([pairs >> 4, pairs & 15], 1).view(-1, 4)
-    return torch.tensor(CODES)[halves].to(device)
+    return torch.tensor(CODES, device="cpu")[halves].to(device)
 
 
 def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
@@ -224,7 +225,7 @@ def _scale_codes() -> tuple[float, ...]:
     """
     positive: list[float] = []
     for i in range(7):
-        ends = torch.linspace(0.1, 1, 2**i + 1)
+        ends = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
         positive += (10.0 ** (i - 6) * (ends[:-1] + ends[1:]) / 2).tolist()
     return tuple(sorted([*positive, *(-x for x in positive), 0.0, 1.0]))
 

@@ -16,9 +16,8 @@ parameter, and they are needed in the update alone:
     CPU  They live in a mapped file.  The operating system writes changed pages to the disk from
          time to time, drops them when memory is short and reads them when an update touches them:
          at worst a step reads 8 bytes a parameter and writes 8.  While memory is to spare they
-         stay: a step but the first takes as long as without paging, and the resident memory (RSS)
-         counts them.  (MADV_DONTNEED after each tensor's update takes them out of RSS, 732 MB for
-         96 million parameters, but a step of the optimizer from 0.1 to 0.5 s: left out.)
+         stay, and the resident memory (RSS) counts them.  Nothing drops them by hand: the next
+         step would read them all again.
 
 Each tensor's operations are those of the unpaged optimizer: the result is the same to the bit.  An
 update ends when all is stored, so a snapshot reads m and v as any others.  It cannot be captured in

@@ -68,7 +68,7 @@ class BottleneckConfig:
             if (value := getattr(self, name)) not in tuple(allowed):
                 raise ValueError(
                     f"{name} is {value!r}, must be one of {', '.join(allowed)}"
-                    + nearest(str(value), allowed)
+                    + nearest(value, allowed)
                 )
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r is {self.r!r}, must be a whole number of at least 1 (an int)")

@@ -159,9 +159,7 @@ class Handle:
         if not chosen:
             raise ValueError("there is nothing to merge: no active method changes layer weights")
         with self._change("merge"):
-            for wrapper in chosen:
-                wrapper.merge(untie=wrapper in tied)
-        warn_of_copies(wrapper.layer for wrapper in chosen)
+            _merge(chosen, tied)
 
     def unmerge(self) -> None:
         """Restores the original weights to the bit."""
@@ -181,9 +179,7 @@ class Handle:
         left = [n for n in self.active if not any(w.merged for w in self._mergeable([n]))]
         chosen, tied = self._to_merge(left, untie)
         with self._change("fold"):
-            for wrapper in chosen:
-                wrapper.merge(untie=wrapper in tied)
-            warn_of_copies(wrapper.layer for wrapper in chosen)
+            _merge(chosen, tied)
             # active methods last: no other wrapper may remain around the modules they leave
             for name in sorted(self.methods, key=self.active.__contains__):
                 self._take_off(name, fold=self.methods[name].active)
@@ -398,3 +394,9 @@ class Handle:
                 if others:
                     tied.add(wrapper)
         return chosen, tied
+
+
+def _merge(chosen: Sequence[WeightWrapper], tied: set[WeightWrapper]) -> None:
+    for wrapper in chosen:
+        wrapper.merge(untie=wrapper in tied)
+    warn_of_copies(wrapper.layer for wrapper in chosen)

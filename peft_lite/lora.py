@@ -121,7 +121,7 @@ class LoraConfig:
             names = ", ".join(map(repr, START_NAMES))
             raise ValueError(
                 f"init_lora_weights is {start!r}, must be True, {names}"
-                f"{nearest(str(start), START_NAMES)}"
+                f"{nearest(start, START_NAMES)}"
             )
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:

@@ -70,7 +70,7 @@ class PrefixConfig:
             value = self.prefix_projection
             raise ValueError(f"prefix_projection is {value!r}, must be true or false")
         if self.form not in FORMS:
-            near = nearest(str(self.form), FORMS)
+            near = nearest(self.form, FORMS)
             raise ValueError(f"form is {self.form!r}, must be 'fixed' or 'peft'{near}")
         saved.check(self.modules_to_save)
 

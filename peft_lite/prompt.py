@@ -46,7 +46,7 @@ class PromptConfig:
         if self.prompt_tuning_init not in STARTS:
             raise ValueError(
                 f"prompt_tuning_init is {self.prompt_tuning_init!r}, must be one of "
-                f"{', '.join(STARTS)}{nearest(str(self.prompt_tuning_init), STARTS)}"
+                f"{', '.join(STARTS)}{nearest(self.prompt_tuning_init, STARTS)}"
             )
         saved.check(self.modules_to_save)
 

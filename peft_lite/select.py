@@ -29,9 +29,11 @@ for regex in map(re.compile, expressions):
 """
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'query'?)`, or nothing when no valid name is near."""
-    close = difflib.get_close_matches(name, sorted(set(valid)), n=3, cutoff=0.5)
+def nearest(name: object, valid: Iterable[str]) -> str:
+    """` (did you mean 'query'?)`, or nothing when no valid name is near; `name` may be anything
+    that was given in place of one.
+    """
+    close = difflib.get_close_matches(str(name), sorted(set(valid)), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 

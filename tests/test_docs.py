@@ -35,6 +35,7 @@ COMMANDS = [
     for page in PAGES
     for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     for command in block.splitlines()
+    if command.startswith("minigpt finetune ")  # tests/test_commands_in_docs.py runs all
 ]
 STUDY_COMMANDS = re.findall(
     r"^minigpt study .*--out.*$", (ROOT / "docs/studies/README.md").read_text(), re.MULTILINE
@@ -108,8 +109,7 @@ def test_commands_are_understood(command: str) -> None:
     program, *arguments = command.split()
     assert program == "minigpt"
     given = vars(cli.parser().parse_args(arguments))
-    if given.pop("command") != "finetune":
-        return
+    assert given.pop("command") == "finetune"
     assert not given.pop("resume")
     assert not given.pop("accept")
     assert given.pop("out").parts[0] == "runs"

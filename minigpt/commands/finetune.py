@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minigpt.checkpoints.directory import load
-from minigpt.checkpoints.source import find
+from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Run
 from minigpt.commands.tuning import TuningOptions, costs
 from minigpt.data.tales import text_file, text_of
@@ -34,7 +34,7 @@ PROMPT = 24  # tokens
 class Finetune(TuningOptions):
     """The command's settings."""
 
-    model: str = option('a model directory, a .gguf file, a hub id, "bundled" or "smollm2"')
+    model: str = option(f"a model: {FORMS}")
     text: str = option("the text to learn from, UTF-8, or bundled-carroll or bundled-poe")
     objective: str = option(
         "clm: a decoder predicts the next token; mlm: an encoder predicts masked tokens",

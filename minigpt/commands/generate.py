@@ -10,7 +10,7 @@ from torch import Tensor
 import peft_lite
 from minigpt.checkpoints.config import end_ids
 from minigpt.checkpoints.directory import load
-from minigpt.checkpoints.source import find
+from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Query
 from minigpt.data.chat import ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ BETWEEN = "---"  # the line between the texts of several prompts
 class Generate(DeviceOption):
     """The command's settings."""
 
-    model: str = option('a model directory, a .gguf file, a hub id, "bundled" or "smollm2"')
+    model: str = option(f"a model: {FORMS}")
     prompt: list[str] = option("what the text begins with; several are continued side by side")
     chat: bool = option("take each prompt as a user's message, and answer it", False)
     adapter: str | None = option("an adapter directory, written here or by HF PEFT", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minigpt.checkpoints.companions import copy_companions
 from minigpt.checkpoints.directory import load, save
-from minigpt.checkpoints.source import find
+from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Query
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.settings.lock import owned
@@ -22,7 +22,7 @@ from peft_lite.quantized import is_quantized
 class Quantize:
     """The command's settings."""
 
-    model: str = option("a model directory, a .gguf file, a hub id or a bundled name")
+    model: str = option(f"a model: {FORMS}")
     out: str = option("folder of the new checkpoint; it must not exist")
 
 

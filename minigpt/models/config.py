@@ -7,9 +7,11 @@ from typing import Any
 MAX_LAYERS = 1000  # the deepest published model has 126
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'query'?)`, or an empty text when no valid name is near."""
-    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
+def nearest(name: object, valid: Iterable[str]) -> str:
+    """` (did you mean 'query'?)`, or an empty text when no valid name is near; `name` may be
+    anything that was given in place of one.
+    """
+    close = difflib.get_close_matches(str(name)[:60], list(valid), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
@@ -53,5 +55,5 @@ def one_of(config: Any, field: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(
             f"{field} is {short(value)}, must be one of {', '.join(allowed)}"
-            f"{nearest(str(value)[:60], allowed)}"
+            f"{nearest(value, allowed)}"
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minigpt.checkpoints import gguf
 from minigpt.checkpoints.directory import load
-from minigpt.checkpoints.source import find
+from minigpt.checkpoints.source import FORMS, find
 from minigpt.data.tales import text_of
 from minigpt.data.text import RandomWindows, split_text
 from minigpt.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ from minigpt.objectives.causal import language_model_loss
 from minigpt.studies.training import Step, at_least, learn
 from minigpt.training.train import Probe, Row, TrainConfig
 
-DECODER = 'a decoder: a directory, a .gguf file, a hub id, "bundled" or "smollm2"'
+DECODER = f"a decoder: {FORMS}"
 
 Rule = Callable[[str], bool]  # whether the parameter of a native name trains
 

@@ -124,11 +124,11 @@ def test_a_cuda_graph_replays_and_drops_anew(p: float, backend: str) -> None:
     assert all(again) if p == 0 else not any(again)
 
 
-@pytest.mark.skipif(not os.path.exists(SANITIZER), reason="compute-sanitizer is not installed")
-def test_no_access_out_of_bounds() -> None:
+def memcheck(script: str) -> None:
+    """Runs a script under compute-sanitizer, which finds accesses out of bounds."""
     command = [SANITIZER, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c"]
     done = subprocess.run(
-        [*command, SANITIZED],
+        [*command, script],
         cwd=ROOT,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
@@ -136,6 +136,11 @@ def test_no_access_out_of_bounds() -> None:
         timeout=280,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not os.path.exists(SANITIZER), reason="compute-sanitizer is not installed")
+def test_no_access_out_of_bounds() -> None:
+    memcheck(SANITIZED)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-5)])

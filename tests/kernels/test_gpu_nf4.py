@@ -5,8 +5,6 @@ against float64; the same bits twice; CUDA graphs, torch.compile, memory.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +14,7 @@ from minigpt_kernels import nf4
 from minigpt_kernels.nf4_linear import dense, nf4_linear
 from tests.kernels import nf4_checks as checks
 from tests.kernels.lora_checks import judge
-from tests.kernels.test_gpu_lora import ROOT, SANITIZER
+from tests.kernels.test_gpu_lora import SANITIZER, memcheck
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,13 +138,4 @@ def test_offsets_go_past_four_billion_numbers() -> None:
 
 @pytest.mark.skipif(not os.path.exists(SANITIZER), reason="compute-sanitizer is not installed")
 def test_no_access_out_of_bounds() -> None:
-    command = [SANITIZER, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c"]
-    done = subprocess.run(
-        [*command, SANITIZED],
-        cwd=ROOT,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    memcheck(SANITIZED)

@@ -224,3 +224,12 @@ def test_autocast_computes_in_its_dtype() -> None:
 def test_a_state_of_bitsandbytes_with_double_quantization_is_kept(bnb: Any) -> None:
     it, dense = theirs(bnb, weight((200, 300)), True)
     assert torch.equal(dequantize(replace(it, dtype=torch.float32)), dense)
+
+
+def test_the_default_device_changes_nothing() -> None:
+    it = quantize(weight((64, 64)))
+    want = dequantize(it)
+    nf4._quads.cache_clear()
+    with torch.device("meta"):
+        got = dequantize(it)
+    assert torch.equal(got, want)

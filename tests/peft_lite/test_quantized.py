@@ -307,6 +307,8 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_has_changed() -> None:
         assert not any(is_quantized(m) for m in it.modules())
     with pytest.raises(ValueError, match=r"codec is 'nf3', must be nf4 \(did you mean 'nf4'"):
         quantize(nn.Sequential(nn.Linear(4, 4)), "nf3")
+    with pytest.raises(ValueError, match="codec is 4, must be nf4"):
+        quantize(nn.Sequential(nn.Linear(4, 4)), 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"skip: 'querry' is part of no layer.* 'query'"):
         quantize(tiny.gpt_neo(0), skip=["querry"])
     with pytest.raises(ValueError, match="no linear layer"):

@@ -106,3 +106,10 @@ def test_absent_fields_are_those_of_transformers(kind: str) -> None:
         value = getattr(ours, field.name)
         if field.name not in ("attention_layers", "id2label"):  # None, which stands for a list
             assert value == getattr(theirs, field.name), field.name
+
+
+def test_a_name_of_another_type_is_refused_as_a_wrong_name() -> None:
+    with pytest.raises(ValueError, match="model_type is 50, must be one of llama"):
+        minigpt.LlamaConfig(50)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="head 3: GPTNeo has causal-lm"):
+        ARCHITECTURES["gpt_neo"].build(minigpt.GPTNeoConfig(), 3)  # type: ignore[arg-type]

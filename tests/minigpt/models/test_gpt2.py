@@ -101,12 +101,17 @@ def test_a_lora_opens_in_peft_with_equal_logits(layer: str, tmp_path: Path) -> N
             if p.requires_grad:
                 p.normal_(std=0.1)
     handle.save(tmp_path / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Conv1D: it sets fan_in_fan_out itself
-        peer = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    peer = in_peft(theirs, tmp_path / "adapter")
     with torch.no_grad():
         want = peer(ids()).logits
         assert (ours(ids()) - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+def in_peft(theirs: Any, folder: Path) -> Any:
+    """HF PEFT's model with a saved adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D: it sets fan_in_fan_out itself
+        return peft.PeftModel.from_pretrained(theirs, folder).eval()
 
 
 PEFT = [  # configs of HF PEFT, whose layer c_attn is query, key and value
@@ -186,9 +191,7 @@ def test_an_adapter_of_query_key_value_opens_in_peft(name: str, tmp_path: Path) 
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
     handle.save(tmp_path / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Conv1D: it sets fan_in_fan_out itself
-        peer = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    peer = in_peft(theirs, tmp_path / "adapter")
     with torch.no_grad():
         got, want = ours(ids()), peer(ids()).logits
     assert (got - want).abs().max() <= 2e-5 * want.abs().max()
@@ -225,9 +228,7 @@ def test_a_module_that_is_saved_whole_opens_in_peft(tmp_path: Path) -> None:
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
     handle.save(tmp_path / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peer = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    peer = in_peft(theirs, tmp_path / "adapter")
     with torch.no_grad():
         got, want = ours(ids()), peer(ids()).logits
     assert (got - want).abs().max() <= 2e-5 * want.abs().max()
