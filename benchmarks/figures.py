@@ -79,6 +79,12 @@ def provenance(facts: Mapping[str, str]) -> str:
     return f"Measured at commit {facts['commit']}; {later}."
 
 
+def measured_on(facts: Mapping[str, str]) -> str:
+    """Where and at which commit a result file was measured."""
+    machine = [f"{n} {v}" for n, v in facts.items() if n not in ("commit", "measures")]
+    return f"{provenance(facts)} Machine: {', '.join(machine)}."
+
+
 def git(*arguments: str) -> str:
     """What git prints; nothing where it fails or is not installed."""
     command = ["git", "-C", str(ROOT), *arguments]

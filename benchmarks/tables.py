@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import clipped_update, lora_tables, nf4
+from benchmarks import clipped_update, lora_tables, nf4, qlora_tables
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
-from benchmarks.figures import provenance
+from benchmarks.figures import measured_on, provenance
 from benchmarks.methods import FULL, PEFT
 from benchmarks.startup import TORCH
 
@@ -368,6 +368,7 @@ def full(folder: Path) -> str:
     text += [costs(method_steps, method_bytes)]
     text += ["", "### A pretrained model", "", real_model(folder)]
     text += ["", "### A weight of 4 bits", "", four_bits(folder)]
+    text += ["", "### QLoRA at seven billion parameters", "", qlora_tables.section(folder)]
     text += ["", "### Clip and update", "", clip_and_update(folder)]
     return "\n".join(text)
 
@@ -381,12 +382,6 @@ def short(folder: Path) -> str:
         for x in rows
     ]
     return f"{table(lines)}\n\n{lora_tables.short(folder)}\n\n{provenance(parts[0][1])}"
-
-
-def measured_on(facts: Mapping[str, str]) -> str:
-    """Where and at which commit a result file was measured."""
-    machine = [f"{n} {v}" for n, v in facts.items() if n not in ("commit", "measures")]
-    return f"{provenance(facts)} Machine: {', '.join(machine)}."
 
 
 def main() -> None:

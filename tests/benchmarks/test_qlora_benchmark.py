@@ -8,7 +8,8 @@ import torch
 
 import minigpt
 import peft_lite
-from benchmarks import qlora
+from benchmarks import qlora, qlora_tables
+from benchmarks.common import OURS, THEIRS, write
 from tools import random_checkpoint
 
 TINY: dict[str, Any] = {
@@ -64,3 +65,28 @@ def test_the_other_side_runs(tiny: Path) -> None:
     finally:
         torch.compiler.set_stance("default")
     assert [(row["what"], row["round"]) for row in rows] == [("load", 2), ("step", 2)]
+
+
+def test_the_tables_are_the_medians_of_the_files(tmp_path: Path) -> None:
+    assert qlora_tables.section(tmp_path).count("Not measured yet") == 2
+
+    def row(what: str, side: str, number: int, seconds: float, peak: float) -> dict[str, object]:
+        tokens = 0 if what in ("load", "adapter") else 256
+        return {"what": what, "side": side, "round": number, "tokens": tokens, "seconds": seconds,
+                "peak_bytes": int(peak * 1e9), "anonymous_bytes": int(peak * 5e8)}  # fmt: skip
+
+    run = [row("load", OURS, 1, 100, 4), *(row("step", OURS, 1, s, 8) for s in (64, 32, 128))]
+    write(tmp_path / "qlora.csv", 2, [*run, row("resumed step", OURS, 0, 50, 9)])
+    sides = [
+        row(what, side, number, number * seconds * factor, factor)
+        for number in (1, 2, 3)
+        for side, factor in ((OURS, 1.0), (THEIRS, 2.0))
+        for what, seconds in (("load", 3.0), ("step", 5.0))
+    ]
+    write(tmp_path / "qlora_four_layers.csv", 2, sides)
+    text = qlora_tables.section(tmp_path)
+    assert "| load into 4 bits | 100 |  | 4.00 GB | 2.00 GB |" in text
+    assert "| a step | 64 | 4 | 8.00 GB | 4.00 GB |" in text
+    assert "| the resumed step | 50 | 5.12 | 9.00 GB | 4.50 GB |" in text
+    assert "| a step | 10 s | 20 s | 0.50 | 0.50 to 0.50 |" in text
+    assert "| a step | 0.5 GB anonymous | 1 GB anonymous | 0.50 | 0.50 to 0.50 |" in text
