@@ -117,6 +117,19 @@ def quantize(weight: Tensor, block: int = 64, double: bool = True) -> Quantized:
     return _quantize_scales(plain) if double else plain
 
 
+def outline(
+    shape: torch.Size, dtype: torch.dtype, block: int = 64, double: bool = True
+) -> Quantized:
+    """A weight of this shape without values, on the meta device."""
+    count = math.ceil(shape.numel() / block)
+    with torch.device("meta"):
+        packed = torch.empty((shape.numel() + 1) // 2, dtype=torch.uint8)
+        scales = torch.empty(count, dtype=torch.uint8 if double else torch.float32)
+        a2 = torch.empty(math.ceil(count / SCALE_BLOCK)) if double else None
+        offset = torch.empty(()) if double else None
+    return Quantized(packed, scales, a2, offset, shape, dtype, block)
+
+
 def dequantize(it: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """The weight: a c_q in float32, rounded to `dtype`, which None says is that of the weight."""
     w = torch.empty(it.shape, dtype=dtype or it.dtype, device=it.packed.device)

@@ -133,7 +133,14 @@ def outline(source: str | Path, head: str | None = None) -> Model:
     architecture, config, raw = read_config(directory)
     try:
         head = head or architecture.head_from(raw)
-        return architecture.outline(config, head, num_labels_from(raw))
+        model = architecture.outline(config, head, num_labels_from(raw))
+        if raw.get("quantization_config"):
+            layers = {model.names.to_hf(name): name for name in quantizable(model, "nf4")}
+            packed, double = four_bits.described(raw, layers)
+            for name in packed:
+                weight = model.get_submodule(layers[name]).get_parameter("weight")
+                replace(model, layers[name], nf4.outline(weight.shape, weight.dtype, double=double))
+        return model
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 

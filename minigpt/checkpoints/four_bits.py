@@ -12,7 +12,7 @@ and in config.json a `quantization_config`.  The codec is minigpt_kernels/nf4.py
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ HINTS = {
     "nested_offset": float | None,
 }
 
+SETTINGS = {  # of quantization_config
+    "bnb_4bit_use_double_quant": bool,
+    "llm_int8_skip_modules": list[str] | None,
+}
+
 
 def check(raw: Mapping[str, Any]) -> None:
     """Refuses a config.json whose weights are packed in another way.
@@ -53,6 +58,18 @@ def check(raw: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"quantization_config: {field} {short(given)} is not supported, only {value!r}"
             )
+
+
+def described(raw: Mapping[str, Any], layers: Iterable[str]) -> tuple[set[str], bool]:
+    """What the quantization_config of a config.json says: which of the linear layers but the head,
+    by their names in the checkpoint, are in 4 bits, and whether their scales are stored in 8.
+    """
+    check(raw)
+    settings = raw["quantization_config"]
+    check_types(settings, SETTINGS, "quantization_config: ")
+    dense = settings.get("llm_int8_skip_modules") or ()
+    packed = {n for n in layers if not any(f".{part}." in f".{n}." for part in dense)}
+    return packed, settings.get("bnb_4bit_use_double_quant", False)
 
 
 def gather(tensors: dict[str, Any]) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor
 import minigpt
 import peft_lite
 from minigpt.checkpoints import four_bits
+from minigpt.checkpoints.directory import outline
 from minigpt_kernels import nf4
+from peft_lite import report
 from peft_lite.quantized import is_quantized
 from tests.live_bytes import LiveBytes
 
@@ -94,6 +96,7 @@ def test_ours_opens_there(name: str, dense: dict[str, Path], tmp_path: Path) -> 
     packed = {n for n, m in other.named_modules() if type(m).__name__ == "Linear4bit"}
     ours = {model.names.to_hf(n) for n, m in model.named_modules() if is_quantized(m)}
     assert packed == ours
+    assert report(outline(tmp_path)) == report(model)
     close(logits(model), logits(other))
     assert torch.equal(logits(minigpt.load(tmp_path)), logits(model))
 
@@ -105,6 +108,7 @@ def test_theirs_opens_here(name: str, double: bool, dense: dict[str, Path], tmp_
     other.save_pretrained(tmp_path)
     model = minigpt.load(tmp_path)
     close(logits(model), logits(other))
+    assert report(outline(tmp_path)) == report(model)  # of config.json alone
     if not double:
         close(logits(model), logits(without_double(minigpt.load(dense[name]))))
 
