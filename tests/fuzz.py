@@ -30,10 +30,22 @@ from safetensors.torch import load_file, save_file
 
 import minigpt
 from minigpt import Bert, BertConfig, GPTNeo, GPTNeoConfig, Tokenizer
+from minigpt.data.chat import ChatTemplate
+from minigpt.models.roberta import Roberta, RobertaConfig
 
 SECONDS, BYTES = 10, 300 * 2**20  # what one case may take
 DEEP = "[" * 100_000 + "]" * 100_000
 TEXT = "The quick brown fox jumps over the lazy dog; it is said that dogs sleep. " * 4
+TEMPLATE = """\
+{% set past = namespace(role="none") %}
+{% for message in messages %}
+{% if message.role == past.role %}{{ raise_exception("roles must take turns") }}{% endif %}
+{{ "<" + message["role"] + ">" }}{{ message["content"] | trim }}{{ eos_token }}
+{% set past.role = message.role %}
+{% endfor %}
+{% if add_generation_prompt %}{{ "<assistant>" * 1 }}{% endif %}
+"""
+TALK = [{"role": "user", "content": " What is it? "}, {"role": "assistant", "content": "A fox."}]
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 1000, 10**9, 2**31, 2**63, 2**64, 10**30, -(10**30),
     0.5, 1.0, -0.5, 2.5, 1e-300, 1e38, 1e308, math.nan, math.inf, -math.inf,
@@ -83,7 +95,20 @@ def checkpoints(root: Path) -> dict[str, tuple[Path, str]]:
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     four = shutil.copytree(decoder, root / "four-bits")
     minigpt.save(minigpt.load(decoder, quantize="nf4"), four)
+    words = root / "phobert"
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    minigpt.save(
+        Roberta(RobertaConfig(120, 64, type_vocab_size=1, intermediate_size=32, **sizes)), words
+    )
+    letters = sorted({*TEXT} - {" "})
+    (words / "vocab.txt").write_text("".join(f"{t} 1\n{t}@@ 1\n" for t in [*letters, "dog"]))
+    (words / "bpe.codes").write_text("d o 9\ndo g</w> 8\nt h 7\n")
+    talk = shutil.copytree(decoder, root / "talk")
+    (talk / "chat_template.jinja").write_text(TEMPLATE)
     return {
+        "PhoBERT's vocab.txt": (words, "vocab.txt"),
+        "PhoBERT's bpe.codes": (words, "bpe.codes"),
+        "chat_template.jinja": (talk, "chat_template.jinja"),
         "weights of 4 bits": (four, "model.safetensors"),
         "config.json of 4 bits": (four, "config.json"),
         "decoder's config.json": (decoder, "config.json"),
@@ -210,6 +235,8 @@ def other_pickle(data: bytes, draw: random.Random) -> bytes:
 def opened(folder: Path) -> None:
     """Loads a checkpoint as a user does; raises AssertionError where it is not right."""
     tokenizer = Tokenizer.load(folder)
+    if (folder / "chat_template.jinja").exists():
+        tokenizer.encode(ChatTemplate.load(folder).text(TALK, add_generation_prompt=True))
     model = minigpt.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         return

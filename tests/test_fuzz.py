@@ -10,7 +10,7 @@ if sys.platform != "linux":
 
 from tests.fuzz import cases
 
-CASES = 260  # twenty of every file
+CASES = 360  # twenty of every file
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")
@@ -29,4 +29,4 @@ def test_a_damaged_checkpoint_loads_or_is_refused() -> None:
 
 def test_an_undamaged_checkpoint_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.fuzz.damaged", lambda data, file, draw: data)
-    assert {outcome for _, _, outcome in cases(range(13))} == {"loads"}
+    assert {outcome for _, _, outcome in cases(range(18))} == {"loads"}
