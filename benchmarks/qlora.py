@@ -9,7 +9,8 @@ every linear layer trains on random tokens, with activation checkpointing, in fl
                   time a new process: load, then some steps
 
 Peak is the most main memory that a process held, mapped files included; `anonymous` what of it no
-file backs, the most that was seen in samples of 20 ms.
+file backs, the most that was seen in samples of 20 ms.  Both sides give large freed blocks back to
+the system (`memory.map_large_blocks`), as `minigpt finetune --quantize` does.
 
     python -m benchmarks.qlora --part whole        -> results/qlora.csv
     python -m benchmarks.qlora --part four-layers  -> results/qlora_four_layers.csv
@@ -84,6 +85,7 @@ def ours(
     """Load and steps of this project.  With `out` the run is paged and keeps a snapshot of the step
     before the last, after which it is cut off; resumed, it goes on from there to one more step.
     """
+    memory.map_large_blocks()
     watch = Anonymous()
     begin = time.perf_counter()
     model = load(directory, head="causal-lm", quantize="nf4")
@@ -115,6 +117,7 @@ def theirs(directory: Path, length: int, steps: int) -> Rows:
     """The same by transformers, bitsandbytes and peft."""
     transformers, peft = import_module("transformers"), import_module("peft")
     import_module("transformers.models.mistral.modeling_mistral")
+    memory.map_large_blocks()
     watch = Anonymous()
     begin = time.perf_counter()
     quantization = transformers.BitsAndBytesConfig(

@@ -42,9 +42,11 @@ REMARKS = """
   three rates for each found none better): its results on variance and cost mainly show that these
   methods barely learned on so small an encoder.
 - In `lora-rank-bundled` fine-tuning on 1/16 of the text gains next to nothing, at any rank.
-- In `qlora-bundled` a step of 16 reviews takes more memory on 4 bits, though its tensors are
-  smaller. Perhaps the C library keeps what dequantised weights leave free; why has not been
-  measured. Its encoder learns at a rate that no search has chosen.
+- In `qlora-bundled` a step of 16 reviews took more memory on 4 bits, though its tensors are
+  smaller: glibc's heap does not find all freed blocks of aligned tensors again (its bug 14581). The
+  study gives such blocks pages of their own since, and is to be run again: in one run a step then
+  took 350 MB on 4 bits and 360 MB in float32. Its encoder learns at a rate that no search has
+  chosen.
 - The runs whose name ends in `smollm2` start from SmolLM2-135M-Instruct's weights of 4 bits, which
   train as float32. Their steps are few and their windows short, for a step takes seconds on this
   machine. Rates: the best on the other tale, at one seed, of 1e-4 and 3e-4 for full tuning and of

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console()
+    plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     out = new_folder()
     results: dict[str, dict[str, Any]] = {}
     for method, options in METHODS.items():
@@ -52,11 +54,11 @@ def main() -> int:
             (out / method / "sample.txt").read_text(encoding="utf-8").split("\n\n--- after ---\n")
         )
         if method == "full":
-            console.print(before, markup=False, highlight=False)
-        console.print(f"\n--- after, {method} ---\n{after}", markup=False, highlight=False)
+            plain(before)
+        plain(f"\n--- after, {method} ---\n{after}")
     plot(out, results)
-    console.print(f"losses drawn in {out / 'losses.png'}, everything else beside it")
-    console.print(PRETRAINED, markup=False, highlight=False)
+    plain(f"losses drawn in {out / 'losses.png'}, everything else beside it")
+    plain(PRETRAINED)
     return 0
 
 

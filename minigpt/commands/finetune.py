@@ -25,7 +25,7 @@ from minigpt.training import memory
 from minigpt.training.progress import progress_bar, text_bar
 from minigpt.training.train import evaluate, train
 from peft_lite import report, storage
-from peft_lite.quantized import CODECS
+from peft_lite.quantized import CODECS, is_quantized
 
 PROMPT = 24  # tokens
 
@@ -57,6 +57,8 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     objective = OBJECTIVES[settings.objective]
     model = load(directory, objective.head, device=device, quantize=settings.quantize)
     tokenizer.check(model.config.vocab_size)
+    if any(map(is_quantized, model.modules())):  # then memory counts more than time
+        memory.map_large_blocks()
     with text_bar("tokens of the text", len(text)) as show:
         learned, rest = split_text(text, settings.heldout)
         train_ids = tokenizer.ids(learned, show)

@@ -335,6 +335,7 @@ def peak_memory(folder: Path, settings: Settings, codec: str | None, rows: int) 
     """
     if torch.cuda.is_available():
         torch.cuda.init()  # from here on the GPU's bytes are counted
+    memory.map_large_blocks()  # for both formats: what the heap keeps is not measured
     before = memory.resident()
     encoder = settings.with_reviews(settings.memory_model, 0, codec)
     model = encoder.model

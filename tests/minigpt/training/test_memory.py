@@ -1,5 +1,7 @@
 """Memory of the process, on systems that this machine stands in for."""
 
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,3 +56,30 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "STATUS", Path("/nowhere/status"))
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: info))
     assert (memory.resident(), memory.peak()) == (300, 700)
+
+
+HELD = """
+import platform
+import subprocess
+import sys
+import torch
+from minigpt.training import memory
+
+if sys.argv[1] == "mapped":
+    memory.map_large_blocks()
+torch.empty(2**22)  # glibc takes blocks up to the largest that was freed from its heap
+before = memory.resident()
+blocks = [(torch.ones(2**19), torch.ones(2**12)) for _ in range(50)]  # 2 MB and 16 kB in turn
+kept = [small for _, small in blocks]
+del blocks
+print(memory.resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_go_back() -> None:
+    def held(how: str) -> int:
+        run = [sys.executable, "-c", HELD, how]
+        return int(subprocess.run(run, capture_output=True, check=True, text=True).stdout)
+
+    assert held("mapped") < 10 * 2**20 < 50 * 2**20 < held("as ever")
