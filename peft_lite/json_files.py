@@ -51,17 +51,22 @@ def read_optional(path: Path) -> dict[str, Any]:
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
     """The same for a text, with `where` it stood for the message."""
+    value = parse(text, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"cannot read {where}: it holds {_kind(value)}, not an object")
+    return value
+
+
+def parse(text: str, where: str) -> Any:
+    """The value of a text, of whatever kind; as strict as `parse_object`."""
     try:
-        value = json.loads(
+        return json.loads(
             text, object_pairs_hook=_once, parse_constant=_constant, parse_float=_finite
         )
     except RecursionError:
         raise ValueError(f"cannot read {where}: it nests too deep") from None
     except ValueError as error:
         raise ValueError(f"cannot read {where}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"cannot read {where}: it holds {_kind(value)}, not an object")
-    return value
 
 
 def check_types(fields: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:

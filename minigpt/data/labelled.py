@@ -73,7 +73,7 @@ def rows_of(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             f"{path}: the name must end in one of {', '.join(SUFFIXES)}; nearest: {nearest}"
         )
     parsed = _csv if ".csv" in path.suffixes[-2:] else _jsonl
-    return parsed(_decode(path), path)
+    return parsed(unpacked_text(path), path)
 
 
 def text_of(fields: dict[str, Any], where: str) -> str:
@@ -128,7 +128,12 @@ def _part(folder: Path, name: str) -> Path:
     return files[0]
 
 
-def _decode(path: Path) -> str:
+def unpacked_text(path: Path) -> str:
+    """The text of a file, which may be packed by gzip.
+
+    Raises:
+        ValueError: it cannot be read, is too large, not UTF-8 or not a whole gzip file.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
