@@ -156,6 +156,8 @@ def _messages(value: object, where: str) -> Conversation:
         raise ValueError(f"{where} has no assistant's message")
     if (role := messages[-1]["role"]) != "assistant":
         raise ValueError(f"{where} ends with the {role}'s message, must end with the assistant's")
+    if len(messages) < 2:
+        raise ValueError(f"{where} has no message before the assistant's")
     return messages
 
 

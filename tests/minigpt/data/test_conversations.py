@@ -94,6 +94,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
         {"messages": [PAIR[0], {**PAIR[1], "tool_calls": [1]}]}, 'message 2 has "tool_calls", only'
     ),
     "no assistant": ({"messages": [SYSTEM, PAIR[0]]}, "line 2 has no assistant's message"),
+    "nothing before": ({"messages": PAIR[1:]}, "line 2 has no message before the assistant's"),
     "an open end": (
         {"messages": [*PAIR, PAIR[0]]}, "line 2 ends with the user's message, must end with the as"
     ),
@@ -148,7 +149,7 @@ MESSAGE = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(st.lists(MESSAGE, max_size=4), min_size=1, max_size=5), st.booleans())
+@given(st.lists(st.lists(MESSAGE, min_size=1, max_size=4), min_size=1, max_size=5), st.booleans())
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, beginnings: list[Any], listed: bool
 ) -> None:
