@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,6 +148,27 @@ class Tokenizer:
             observe(done)
         return torch.cat(ids)
 
+    def with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, as `encode`, and the characters [start, stop) that each stands for.
+
+        The places leave nothing out: a token begins where the one before it ends, unless both
+        are parts of one character.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        begin = last = 0  # of the piece, of the token before
+        for piece in self.pieces(text):
+            encoding = self._placed(piece)
+            ids += encoding.ids
+            for start, stop in encoding.offsets:
+                start, last = min(begin + start, last), max(begin + stop, last)
+                places.append((start, last))
+            begin += len(piece)
+        return ids, places
+
     def pieces(self, text: str, size: int = PIECE) -> Iterator[str]:
         """Parts of `text` of some `size` characters, whose ids side by side are those of the whole.
 
@@ -160,10 +182,12 @@ class Tokenizer:
         return _pieces(text, size, self._cut())
 
     def _encode(self, text: str) -> list[int]:
-        try:  # "fast": without the place of each token in the text
+        with _readable(text):  # "fast": without the place of each token in the text
             return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except Exception as error:  # the library's own kinds
-            raise ValueError(f"cannot encode {short(text)}: {printable(str(error))}") from None
+
+    def _placed(self, text: str) -> tokenizers.Encoding:
+        with _readable(text):
+            return self.backend.encode(text, add_special_tokens=False)
 
     def _cut(self) -> re.Pattern[str] | None:
         """Where tokens end in every text."""
@@ -251,9 +275,21 @@ class PhobertTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self.backend.encode(text)
 
+    def _placed(self, text: str) -> tokenizers.Encoding:
+        raise ValueError("PhoBERT's tokenizer does not say where a token stands in the text")
+
     def _cut(self) -> re.Pattern[str] | None:
         """A line end belongs to the word before it, a space to none."""
         return None if self._joins_words() else SPACE
+
+
+@contextmanager
+def _readable(text: str) -> Iterator[None]:
+    """Turns the library's own errors about a text into a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"cannot encode {short(text)}: {printable(str(error))}") from None
 
 
 def _check_size(vocab_size: int) -> None:
