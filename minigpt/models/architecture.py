@@ -99,8 +99,9 @@ class Decoder(Model):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """`attention_mask` (B, T): 0 for padding.  `position_ids` (B or 1, T): 0, 1, 2, ... unless
-        given.  -> logits (B, T, V), or states (B, T, D) without a head
+        """`attention_mask` (B, T): 0 for padding, or the numbers of packed rows, as in
+        minigpt/data/packing.py.  `position_ids` (B or 1, T): 0, 1, 2, ... unless given.
+        -> logits (B, T, V), or states (B, T, D) without a head
         """
         logits: Tensor = self.head(self.hidden(input_ids, attention_mask, position_ids))
         return logits
@@ -141,6 +142,11 @@ class Decoder(Model):
         if position_ids is None:
             position_ids = positions(T, S, self.max_tokens, input_ids.device)
         if attention_mask is not None:
+            if prompt.shift and int(attention_mask.max()) > 1:
+                raise ValueError(
+                    "packed rows have no prompt each, and no positions after it: with a prompt, or "
+                    "a prefix that moves positions, a window holds one row (--no-packing)"
+                )
             attention_mask = F.pad(attention_mask, (prompt.length, 0), value=1)
         return position_ids, attention_mask, cached
 

@@ -26,8 +26,9 @@ def visible(
     """The causal mask (B or 1, 1, T, S): True where a query may look at a key.
 
     The queries are the last T of the S slots.  A query sees itself and the slots before it, at most
-    `window` in all, without padding (`padding` is (B, S), non-zero for real tokens).  Even padding
-    sees itself: a softmax over no key is undefined.
+    `window` in all, without padding (`padding` is (B, S), 0 for padding).  Where it numbers rows
+    that share a window, 1, 2, ..., a token sees those of its own number alone.  Even padding sees
+    itself: a softmax over no key is undefined.
     """
     q = torch.arange(slots - queries, slots, device=device).view(-1, 1)
     k = torch.arange(slots, device=device).view(1, -1)
@@ -36,7 +37,8 @@ def visible(
         mask = mask & (k > q - window)
     mask = mask[None, None]
     if padding is not None:
-        mask = mask & (padding != 0)[:, None, None, :]
+        of_query, of_key = padding[:, None, slots - queries :, None], padding[:, None, None, :]
+        mask = mask & (of_key != 0) & ((of_key == of_query) | (of_query == 0))
     return mask | (k == q)
 
 

@@ -23,6 +23,7 @@ from minigpt.objectives.objective import Objective
 from minigpt.settings.sizes import WINDOW, SizeOptions
 
 SAMPLE = 120  # tokens
+PLACES = ("attention_mask", "position_ids")  # what a batch may say of where its tokens stand
 
 
 class LanguageModel(Protocol):
@@ -36,10 +37,12 @@ class LanguageModel(Protocol):
 def language_model_loss(model: LanguageModel, batch: Batch) -> Tensor:
     """Mean loss in nats over the labels of a batch.
 
-    `batch` holds `input_ids` and `labels`, both (B, T), and perhaps `attention_mask`; labels are
-    aligned with the states that predict them (the data shifts them), -100 where there is none.
+    `batch` holds `input_ids` and `labels`, both (B, T), and perhaps `attention_mask` and
+    `position_ids`; labels are aligned with the states that predict them (the data shifts them),
+    -100 where there is none.
     """
-    x = model.hidden(batch["input_ids"], attention_mask=batch.get("attention_mask"))
+    places = {name: batch[name] for name in PLACES if name in batch}
+    x = model.hidden(batch["input_ids"], **places)
     return chunked_cross_entropy(x, model.head, batch["labels"])
 
 

@@ -34,8 +34,11 @@ def closed_form(q: Tensor, k: Tensor, v: Tensor, sees: list, scale: float) -> Te
     return out
 
 
+NUMBERS = torch.tensor([[1, 1, 1, 2, 2, 3, 0], [1, 2, 3, 4, 5, 6, 7], [1, 1, 2, 2, 2, 2, 2]])
+
+
 def brute_force(T: int, S: int, window: int | None, padding: Tensor | None, B: int = 1) -> list:
-    """The slots that query t of row b sees, one by one."""
+    """The slots that query t of row b sees, one by one; padding as a query sees every row."""
     return [
         [
             [
@@ -46,6 +49,7 @@ def brute_force(T: int, S: int, window: int | None, padding: Tensor | None, B: i
                     s < S - T + t
                     and (window is None or S - T + t - s < window)
                     and (padding is None or padding[b, s])
+                    and (padding is None or padding[b, S - T + t] in (0, padding[b, s]))
                 )
             ]
             for t in range(T)
@@ -56,7 +60,7 @@ def brute_force(T: int, S: int, window: int | None, padding: Tensor | None, B: i
 
 @pytest.mark.parametrize("T", [1, 3, 7])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 9])
-@pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
+@pytest.mark.parametrize("padding", [None, PADDING, NUMBERS], ids=["full", "padded", "packed"])
 def test_visible_equals_brute_force(T, window, padding):
     B = 1 if padding is None else len(padding)
     mask = visible(T, 7, window, padding)
