@@ -139,8 +139,7 @@ def fixed_masked_windows(
 def masked_language_model_loss(model: LanguageModel, batch: Batch) -> Tensor:
     """Mean loss in nats over the chosen tokens; only their states go through the head."""
     x = model.hidden(batch["input_ids"], attention_mask=batch.get("attention_mask"))
-    chosen = batch["labels"] != IGNORED
-    return chunked_cross_entropy(x[chosen], model.head, batch["labels"][chosen])
+    return chunked_cross_entropy(x, model.head, batch["labels"])
 
 
 def new_encoder(size: SizeOptions, tokenizer: Tokenizer, positions: int) -> Bert:
