@@ -14,6 +14,7 @@ import pytest
 
 from minigpt.checkpoints.source import BUNDLED, PACKAGED
 from minigpt.commands import cli
+from minigpt.data import conversations
 from minigpt.data.classes import REVIEWS
 from minigpt.data.tales import TALES
 from tests.test_modules import MODULES
@@ -23,6 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 BATCH = "--batch-size 2 --sequence-length 16"
 SHORT = {
     "finetune": f"--steps 2 {BATCH}",
+    "finetune --chat": "--steps 2 --batch-size 2",  # a conversation is never cut
     "classify train": f"--steps 2 {BATCH}",
     "classify predict": "",
     "pretrain": f"--steps 2 {BATCH} --vocab-size 300 --hidden-size 16 --num-heads 2",
@@ -32,7 +34,7 @@ SHORT = {
     "verify": "",
     "study": f"--steps 2 {BATCH} --seeds 1 --starts 2 --tokens 2 --rounds 2",
 }
-SOURCES = ("model", "text", "text2", "data")
+SOURCES = ("model", "text", "text2", "data", "chat")
 
 
 def lines(page: Path) -> list[str]:
@@ -54,14 +56,14 @@ def test_pages_have_commands() -> None:
 def named(given: dict[str, object]) -> list[str]:
     """The models, texts and data that arguments name; `predict --text` gives the text itself."""
     sources = [s for s in SOURCES if s != "text" or given.get("name") != "predict"]
-    values = [given[source] for source in sources if source in given]
+    values = [given[s] for s in sources if s in given and not isinstance(given[s], bool)]
     return [name for v in values for name in (v if isinstance(v, list) else [str(v)])]
 
 
 @by_name("page", WITH_COMMANDS)
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    bundled = {*BUNDLED, *TALES, *REVIEWS}
+    bundled = {*BUNDLED, *TALES, *REVIEWS, *conversations.BUNDLED}
     made: set[str] = set(re.findall(r'to_json\(f"(\w+)/', page.read_text()))
     for line in lines(page):
         program, *words = shlex.split(line)
@@ -78,8 +80,8 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             hub = [name for name in foreign if name not in made]
             assert all(name == given.get("model") for name in hub), f"{line}: nothing makes {hub}"
             if not foreign:
-                (more,) = (SHORT[name] for name in SHORT if " ".join(words).startswith(f"{name} "))
-                short = [] if given.get("list") else more.split()
+                known_as = [name for name in SHORT if " ".join(words).startswith(f"{name} ")]
+                short = [] if given.get("list") else SHORT[max(known_as, key=len)].split()
                 assert cli.main([*words, *short]) == 0, line
             else:
                 known = page.parent.name == "studies" or page.name == "smollm2.md"

@@ -28,7 +28,7 @@ from minigpt.commands.command import Command
 from minigpt.training.interrupt import terminable
 
 COMMANDS = {
-    "finetune": "fine-tune a pretrained decoder on a text",
+    "finetune": "fine-tune a pretrained model on a text or on conversations",
     "classify": "train an encoder to classify rows, and label rows with it",
     "generate": "continue a prompt",
     "pretrain": "train a tokenizer and a model from texts",

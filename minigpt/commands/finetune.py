@@ -1,7 +1,11 @@
-"""`minigpt finetune`: a pretrained model, a text, a method -> an adapter, metrics, a sample.
+"""`minigpt finetune`: a pretrained model, a lesson, a method -> an adapter, metrics, a sample.
 
-A decoder learns to predict the next token, an encoder learns to predict masked ones (`--objective`,
-minigpt/objectives).
+    minigpt finetune --model bundled --text bundled-carroll --out runs/text
+    minigpt finetune --model bundled --chat bundled-answers --chat-template plain --out runs/chat
+
+From a text, a decoder learns to predict the next token, an encoder masked ones (`--objective`,
+minigpt/objectives); from conversations, a decoder learns to answer.  What differs between the two
+is in minigpt/commands/lessons.py.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,35 +16,25 @@ import torch
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Run
+from minigpt.commands.lessons import LessonOptions, read_lesson
 from minigpt.commands.tuning import TuningOptions, costs
-from minigpt.data.tales import text_file, text_of
-from minigpt.data.text import split_text
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.objectives.objective import Windows
 from minigpt.objectives.registry import OBJECTIVES
 from minigpt.settings import runs
 from minigpt.settings.manifest import model_files
 from minigpt.settings.options import option
 from minigpt.training import memory
-from minigpt.training.progress import progress_bar, text_bar
+from minigpt.training.progress import progress_bar
 from minigpt.training.train import evaluate, train
 from peft_lite import report, storage
 from peft_lite.quantized import CODECS, is_quantized
 
-PROMPT = 24  # tokens
-
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(TuningOptions):
+class Finetune(LessonOptions, TuningOptions):
     """The command's settings."""
 
     model: str = option(f"a model: {FORMS}")
-    text: str = option("the text to learn from, UTF-8, or bundled-carroll or bundled-poe")
-    objective: str = option(
-        "clm: a decoder predicts the next token; mlm: an encoder predicts masked tokens",
-        "clm",
-        choices=tuple(OBJECTIVES),
-    )
     quantize: str | None = option("hold the linear layers but the head in 4 bits", None, CODECS)
 
 
@@ -50,8 +44,9 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     """
     device = settings.find_device()
     before_model = memory.resident()
+    settings = settings.dated()
     config = settings.with_rate()
-    text = text_of(settings.text)
+    lesson_of = read_lesson(settings)
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
     objective = OBJECTIVES[settings.objective]
@@ -59,30 +54,23 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     tokenizer.check(model.config.vocab_size)
     if any(map(is_quantized, model.modules())):  # then memory counts more than time
         memory.map_large_blocks()
-    with text_bar("tokens of the text", len(text)) as show:
-        learned, rest = split_text(text, settings.heldout)
-        train_ids = tokenizer.ids(learned, show)
-        heldout_ids = tokenizer.ids(rest, lambda done: show(len(learned) + done))
-    length, size = settings.sequence_length, settings.batch_size
-    batches = objective.batches(Windows(train_ids, tokenizer, length, size, settings.seed))
-    windows = Windows(heldout_ids, tokenizer, length, size, settings.seed)
-    heldout = list(objective.heldout(windows))
+    lesson = lesson_of(directory, tokenizer)
     torch.manual_seed(settings.seed)
     handle = settings.attach(model)
-    inputs = {"text": [text_file(settings.text)], **model_files(directory)}
-    runs.claim(out, "finetune", settings, inputs)
+    lesson.check(model)
+    runs.claim(out, "finetune", settings, {**lesson.inputs, **model_files(directory)})
 
-    counts = report(model)
+    counts, heldout = report(model), lesson.heldout
     before = evaluate(model, objective.loss, heldout, settings.bf16)
-    limit = min(PROMPT, model.max_tokens // 2)
-    prompt = heldout_ids[None, :limit].to(device)
-    sample_before = objective.sample(model, tokenizer, prompt, settings.seed)
+    sample_before = lesson.sample(model)
     with progress_bar(settings.method, settings.steps, settings.tokens_a_step) as observe:
-        rows = train(model, objective.loss, batches, config, out, heldout, resume, observe)
+        rows = train(model, objective.loss, lesson.batches, config, out, heldout, resume, observe)
     after = evaluate(model, objective.loss, heldout, settings.bf16)
-    sample_after = objective.sample(model, tokenizer, prompt, settings.seed)
+    sample_after = lesson.sample(model)
 
     result = settings.write(model, handle, tokenizer, directory, out)
+    for name, text in lesson.files.items():
+        storage.write_text(result / name, text)
     storage.write_text(
         out / "sample.txt",
         f"--- before ---\n{sample_before}\n\n--- after ---\n{sample_after}\n",
@@ -91,6 +79,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "method": settings.method,
         "trainable_parameters": counts.trainable,
         "total_parameters": counts.total,
+        **lesson.counts,
         "heldout_loss_before": before,
         "heldout_loss_after": after,
         **costs(rows, before_model, result),

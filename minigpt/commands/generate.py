@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import peft_lite
-from minigpt.checkpoints.config import end_ids
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Query
-from minigpt.data.chat import ChatTemplate
+from minigpt.data.chat import TEMPLATES, ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
+from minigpt.objectives.supervised import ends_of
 from minigpt.settings.checks import check_seed
 from minigpt.settings.device import DeviceOption
 from minigpt.settings.options import option
@@ -29,6 +29,10 @@ class Generate(DeviceOption):
     model: str = option(f"a model: {FORMS}")
     prompt: list[str] = option("what the text begins with; several are continued side by side")
     chat: bool = option("take each prompt as a user's message, and answer it", False)
+    chat_template: str | None = option(
+        f"of --chat: {', '.join(TEMPLATES)}, or a file (default: the adapter's or the model's)",
+        None,
+    )
     adapter: str | None = option("an adapter directory, written here or by HF PEFT", None)
     max_new_tokens: int = option("tokens to add", 100)
     temperature: float = option("0: always the most likely token", 0.8)
@@ -42,6 +46,8 @@ class Generate(DeviceOption):
 def generate_text(settings: Generate) -> None:
     """Prints each prompt and its continuation, or the answer alone; of one prompt as it comes."""
     check_seed(settings.seed)
+    if settings.chat_template is not None and not settings.chat:
+        raise ValueError("--chat-template belongs to --chat")
     device = settings.find_device()
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
@@ -51,9 +57,7 @@ def generate_text(settings: Generate) -> None:
     if settings.adapter is not None:
         peft_lite.load(model, settings.adapter)
     ids, mask = left_padded(prompts)
-    ends = {*end_ids(directory, model.config.vocab_size)}
-    if tokenizer.end_of_text is not None:
-        ends.add(tokenizer.end_of_text)
+    ends = ends_of(directory, tokenizer)
     begins = [""] * len(prompts) if settings.chat else settings.prompt
     texts = [
         Continuation(tokenizer, prompt, ends, begin)
@@ -117,7 +121,9 @@ class Continuation:
 def _encode(settings: Generate, directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """The ids of each prompt, with what the model expects before it."""
     if settings.chat:
-        template = ChatTemplate.load(directory)
+        beside = Path(settings.adapter or "") / "chat_template.jinja"
+        own = str(beside) if settings.adapter is not None and beside.exists() else None
+        template = ChatTemplate.choose(settings.chat_template or own, directory, tokenizer)
         turns = [[{"role": "user", "content": prompt}] for prompt in settings.prompt]
         return [tokenizer.encode(template.text(turn, add_generation_prompt=True)) for turn in turns]
     prompts = [tokenizer.start + tokenizer.encode(prompt) for prompt in settings.prompt]
