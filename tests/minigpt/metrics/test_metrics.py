@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from minigpt import Tokenizer
 from minigpt.data.text import read_text
 from minigpt.metrics.intervals import (
     Estimate,
+    bootstrap,
     difference,
     mean,
     perplexity,
@@ -147,6 +149,31 @@ def test_mean_over_seeds() -> None:
 def test_one_run_has_no_interval(values: list[float]) -> None:
     with pytest.raises(ValueError, match=f"{len(values)} values, at least 2"):
         mean(values)
+
+
+@pytest.mark.parametrize(("k", "n"), [(30, 100), (3, 50), (150, 160)])
+def test_the_bootstrap_of_ones_and_zeros_is_binomial(k: int, n: int) -> None:
+    """The sum of n rows drawn with replacement is, so the percentiles are known."""
+    rows = [1.0] * k + [0.0] * (n - k)
+    for seed in range(5):
+        estimate = bootstrap(rows, seed, resamples=4000)
+        assert estimate.value == k / n
+        for end, level in ((estimate.low, 0.025), (estimate.high, 0.975)):
+            # within what 4000 draws tell of a percentile, four standard errors
+            spread = 4 * math.sqrt(level * (1 - level) / 4000)
+            low, high = (binom.ppf(level + sign * spread, n, k / n) for sign in (-1, 1))
+            assert low - 1e-9 <= end * n <= high + 1e-9
+
+
+def test_the_bootstrap_is_the_seed_s() -> None:
+    rows = [0.0, 0.2, 0.9, 1.0, 0.4]
+    assert bootstrap(rows, 3) == bootstrap(rows, 3)
+    assert bootstrap(rows, 3) != bootstrap(rows, 4)
+    assert bootstrap([0.25], 0) == Estimate(0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match="there is no value"):
+        bootstrap([], 0)
+    with pytest.raises(ValueError, match="resamples is 0, must be at least 1"):
+        bootstrap(rows, 0, resamples=0)
 
 
 def test_an_estimate_is_shown_with_its_interval() -> None:
