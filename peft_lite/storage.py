@@ -47,6 +47,14 @@ def write_text(final: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8 after what the file holds; its bytes are on the disk then."""
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(final: Path, content: Mapping[str, Any], sort_keys: bool = False) -> None:
     """Writes a JSON object.
 

@@ -29,6 +29,7 @@ SHORT = {
     "classify predict": "",
     "pretrain": f"--steps 2 {BATCH} --vocab-size 300 --hidden-size 16 --num-heads 2",
     "generate": "--max-new-tokens 2",
+    "evaluate": "--max-new-tokens 2",
     "quantize": "",
     "info": "",
     "verify": "",

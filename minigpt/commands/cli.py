@@ -31,6 +31,7 @@ COMMANDS = {
     "finetune": "fine-tune a pretrained model on a text or on conversations",
     "classify": "train an encoder to classify rows, and label rows with it",
     "generate": "continue a prompt",
+    "evaluate": "answer the prompts of rows, and score the answers",
     "pretrain": "train a tokenizer and a model from texts",
     "quantize": "put a model's linear layers into 4 bits",
     "info": "table of parameters for a model and a method",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -15,15 +16,15 @@ from minigpt.data.chat import TEMPLATES, ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate
 from minigpt.objectives.supervised import ends_of
-from minigpt.settings.checks import check_seed
 from minigpt.settings.device import DeviceOption
 from minigpt.settings.options import option
+from minigpt.settings.sampling import SamplingOptions
 
 BETWEEN = "---"  # the line between the texts of several prompts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(DeviceOption):
+class Generate(SamplingOptions, DeviceOption):
     """The command's settings."""
 
     model: str = option(f"a model: {FORMS}")
@@ -34,18 +35,10 @@ class Generate(DeviceOption):
         None,
     )
     adapter: str | None = option("an adapter directory, written here or by HF PEFT", None)
-    max_new_tokens: int = option("tokens to add", 100)
-    temperature: float = option("0: always the most likely token", 0.8)
-    top_k: int | None = option("only the k most likely tokens", None)
-    top_p: float | None = option("only the most likely tokens that hold probability p", None)
-    min_p: float | None = option("only tokens p times as likely as the most likely one", None)
-    repetition_penalty: float = option("above 1: tokens that occurred get less likely", 1.0)
-    seed: int = option("seed of the sampling", 0)
 
 
 def generate_text(settings: Generate) -> None:
     """Prints each prompt and its continuation, or the answer alone; of one prompt as it comes."""
-    check_seed(settings.seed)
     if settings.chat_template is not None and not settings.chat:
         raise ValueError("--chat-template belongs to --chat")
     device = settings.find_device()
@@ -75,11 +68,7 @@ def generate_text(settings: Generate) -> None:
         ids.to(device),
         settings.max_new_tokens,
         mask.to(device),
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
+        **settings.sampling,
         eos_token_id=sorted(ends),
         generator=torch.Generator(device).manual_seed(settings.seed),
         observe=observe,
@@ -121,15 +110,30 @@ class Continuation:
 def _encode(settings: Generate, directory: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """The ids of each prompt, with what the model expects before it."""
     if settings.chat:
-        beside = Path(settings.adapter or "") / "chat_template.jinja"
-        own = str(beside) if settings.adapter is not None and beside.exists() else None
-        template = ChatTemplate.choose(settings.chat_template or own, directory, tokenizer)
+        template = chat_template(settings.chat_template, settings.adapter, directory, tokenizer)
         turns = [[{"role": "user", "content": prompt}] for prompt in settings.prompt]
         return [tokenizer.encode(template.text(turn, add_generation_prompt=True)) for turn in turns]
     prompts = [tokenizer.start + tokenizer.encode(prompt) for prompt in settings.prompt]
     if not all(prompts):
         raise ValueError("--prompt is empty, must hold at least one token")
     return prompts
+
+
+def chat_template(
+    given: str | None,
+    adapter: str | None,
+    directory: Path,
+    tokenizer: Tokenizer,
+    moment: datetime | None = None,
+) -> ChatTemplate:
+    """The template that is given, else that beside the adapter, else the model's.
+
+    Raises:
+        ValueError: as `ChatTemplate.choose`.
+    """
+    beside = Path(adapter or "") / "chat_template.jinja"
+    own = str(beside) if adapter is not None and beside.exists() else None
+    return ChatTemplate.choose(given or own, directory, tokenizer, moment)
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

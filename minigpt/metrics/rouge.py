@@ -82,6 +82,23 @@ def _stem() -> Callable[[str], str]:
     return cache(PorterStemmer().stem)
 
 
+def words_by(tokenizer: str, stemmer: bool) -> Callable[[str], Tokens]:
+    """What makes words of a text.
+
+    Raises:
+        ValueError: the tokenizer is unknown, or its words are not English, for which the stemmer
+            is made.
+    """
+    if tokenizer not in TOKENIZERS:
+        known = ", ".join(TOKENIZERS)
+        near = nearest(tokenizer, TOKENIZERS)
+        raise ValueError(f"tokenizer is {short(tokenizer)}, must be one of {known}{near}")
+    if stemmer and tokenizer != "ascii":
+        raise ValueError(f"tokenizer is {tokenizer!r}, the stemmer is for English: want 'ascii'")
+    split = TOKENIZERS[tokenizer]
+    return (lambda text: stemmed(split(text))) if stemmer else split
+
+
 # --- scores -------------------------------------------------------------------------------------
 
 
@@ -105,22 +122,12 @@ def score(
 
     Raises:
         ValueError: a kind or a tokenizer is unknown, there is no reference, NLTK is not installed,
-            or words of "unicode" are to be stemmed, which are English only by chance.
+            or words of "unicode" are to be stemmed.
     """
-    if tokenizer not in TOKENIZERS:
-        known = ", ".join(TOKENIZERS)
-        near = nearest(tokenizer, TOKENIZERS)
-        raise ValueError(f"tokenizer is {short(tokenizer)}, must be one of {known}{near}")
-    if stemmer and tokenizer != "ascii":
-        raise ValueError(f"tokenizer is {tokenizer!r}, the stemmer is for English: want 'ascii'")
+    words = words_by(tokenizer, stemmer)
     references = [references] if isinstance(references, str) else references
     if not references:
         raise ValueError("there is no reference to compare with")
-
-    def words(text: str) -> Tokens:
-        tokens = TOKENIZERS[tokenizer](text)
-        return stemmed(tokens) if stemmer else tokens
-
     x = [words(line) for line in prediction.split("\n")]
     ys = [[words(line) for line in reference.split("\n")] for reference in references]
     scores = {}

@@ -80,3 +80,27 @@ def text_bar(title: str, characters: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(title, total=characters)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def count_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that shows how many of `total` are done: as a bar on a terminal, else as
+    lines, the last one and those after 10 s of silence.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    last = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last > PAUSE:
+            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            last = now
+
+    yield show

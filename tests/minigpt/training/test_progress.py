@@ -37,6 +37,28 @@ def test_steps_are_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert shown in err
 
 
+def test_counts_are_a_bar_on_a_terminal_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def count() -> None:
+        with progress.count_bar("rows", 1500) as show:
+            for done in (500, 1000, 1500):
+                show(done)
+
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    count()
+    assert capsys.readouterr() == ("", "rows: 1,500 of 1,500\n")
+    monkeypatch.setattr(progress, "PAUSE", -1)
+    count()
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ("rows: 500 of 1,500", "rows: 1,500 of 1,500")
+    out, err = terminals(monkeypatch)
+    count()
+    assert out.getvalue() == ""
+    assert "1500/1500" in err.getvalue()
+
+
 @pytest.mark.parametrize("characters", [progress.LONG - 1, progress.LONG])
 def test_a_long_text_is_a_bar_on_a_terminal(
     characters: int, monkeypatch: pytest.MonkeyPatch
