@@ -57,6 +57,7 @@ from minigpt.settings.device import DeviceOption
 from minigpt.settings.options import option
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar, say
+from minigpt.training.trackers.follow import tracked
 from minigpt.training.train import evaluate, train
 from peft_lite import report, storage
 from peft_lite.tensor_files import read_outline
@@ -134,7 +135,10 @@ def train_classifier(settings: Train, out: Path, resume: bool) -> dict[str, obje
 
     counts = report(model)
     before = evaluate(model, classification_loss, heldout)
-    with progress_bar(settings.method, settings.steps, settings.tokens_a_step) as observe:
+    with (
+        progress_bar(settings.method, settings.steps, settings.tokens_a_step) as show,
+        tracked(settings.track, out, asdict(settings), show) as observe,
+    ):
         steps = train(model, classification_loss, batches, config, out, heldout, resume, observe)
     logits, labels = predict(model, heldout)
     matrix = _confusion(logits, labels)

@@ -8,7 +8,7 @@ import shlex
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +75,8 @@ class Run:
                 summary = runs.summary(out)
                 if summary is not None:
                     print(f"minigpt: the run in {out} is complete", file=sys.stderr)
+                    if given.get("track"):
+                        _replay(settings, out)
                 else:
                     runs.check_environment(out, accepted)
                     summary = self.function(settings, out, resume)
@@ -113,6 +115,14 @@ class Group:
         part = given.pop("name")
         _, command = self.commands[part]
         return command.execute(f"{name} {part}", given)
+
+
+def _replay(settings: Any, out: Path) -> None:
+    """Gives the metrics of a complete run to trackers."""
+    from minigpt.training.trackers.follow import tracked
+
+    with tracked(settings.track, out, asdict(settings)):
+        pass
 
 
 def _print_summary(summary: dict[str, object], out: Path, shown: Path) -> None:

@@ -25,6 +25,7 @@ from minigpt.settings.manifest import model_files
 from minigpt.settings.options import option
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar
+from minigpt.training.trackers.follow import tracked
 from minigpt.training.train import evaluate, train
 from peft_lite import report, storage
 from peft_lite.quantized import CODECS, is_quantized
@@ -63,7 +64,10 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     counts, heldout = report(model), lesson.heldout
     before = evaluate(model, objective.loss, heldout, settings.bf16)
     sample_before = lesson.sample(model)
-    with progress_bar(settings.method, settings.steps, settings.tokens_a_step) as observe:
+    with (
+        progress_bar(settings.method, settings.steps, settings.tokens_a_step) as show,
+        tracked(settings.track, out, asdict(settings), show) as observe,
+    ):
         rows = train(model, objective.loss, lesson.batches, config, out, heldout, resume, observe)
     after = evaluate(model, objective.loss, heldout, settings.bf16)
     sample_after = lesson.sample(model)

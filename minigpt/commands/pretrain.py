@@ -25,6 +25,7 @@ from minigpt.settings.sizes import SizeOptions
 from minigpt.settings.training import TrainingOptions
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar, say, text_bar
+from minigpt.training.trackers.follow import tracked
 from minigpt.training.train import evaluate, train
 from peft_lite import storage
 
@@ -87,7 +88,10 @@ def pretrain(settings: Pretrain, out: Path, resume: bool) -> dict[str, object]:
     batches = objective.batches(learned)
     heldout = list(objective.heldout(windows(heldout_texts)))
     runs.claim(out, "pretrain", settings, {"text": map(text_file, settings.text)})
-    with progress_bar("pretrain", settings.steps, settings.tokens_a_step) as observe:
+    with (
+        progress_bar("pretrain", settings.steps, settings.tokens_a_step) as show,
+        tracked(settings.track, out, asdict(settings), show) as observe,
+    ):
         rows = train(model, objective.loss, batches, settings, out, heldout, resume, observe)
 
     model.to(getattr(torch, settings.dtype))

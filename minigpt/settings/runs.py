@@ -5,6 +5,7 @@ OUT/run.json         the command and its settings, SHA-256 of all it reads, thre
                      written first
 OUT/metrics.jsonl    one row a step (minigpt/training/train.py)
 OUT/snapshots/       --resume continues from them; deleted when the run is complete
+OUT/tracking/        what trackers make of the metrics (minigpt/training/trackers); no result
 OUT/summary.json     written last, with the SHA-256 of every file of the result
 """
 
@@ -17,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 from minigpt.settings.lock import LOCK
 from minigpt.settings.options import free
 
+TRACKING = "tracking"
 ENVIRONMENT = ("threads", "versions", "machine")  # minigpt/settings/manifest.py
 S = TypeVar("S")
 # what is imported within the functions below brings torch, which `--help` does without
@@ -144,7 +146,7 @@ def complete(out: Path, summary: Mapping[str, object]) -> None:
     files = {
         name.as_posix(): manifest.sha256(out / name)
         for name in names
-        if "snapshots" not in name.parts
+        if not {"snapshots", TRACKING} & {*name.parts}
         and name.name not in (LOCK, "summary.json")
         and name.suffix not in (".partial", ".damaged")
     }
