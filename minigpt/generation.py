@@ -106,6 +106,14 @@ def generate(
     return (ids, logprobs) if return_logprobs else ids
 
 
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) of prompts of different lengths."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
 def _seen(model: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
     """(B, V): which tokens stand in each row, padding apart."""
     real = torch.ones_like(ids).long() if mask is None else mask

@@ -14,7 +14,7 @@ from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Query
 from minigpt.data.chat import TEMPLATES, ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.generation import generate
+from minigpt.generation import generate, left_padded
 from minigpt.objectives.supervised import ends_of
 from minigpt.settings.device import DeviceOption
 from minigpt.settings.options import option
@@ -134,14 +134,6 @@ def chat_template(
     beside = Path(adapter or "") / "chat_template.jinja"
     own = str(beside) if adapter is not None and beside.exists() else None
     return ChatTemplate.choose(given or own, directory, tokenizer, moment)
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, T) of prompts of different lengths."""
-    T = max(map(len, prompts))
-    ids = torch.tensor([[0] * (T - len(prompt)) + [*prompt] for prompt in prompts])
-    mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 COMMAND = Query(Generate, generate_text)

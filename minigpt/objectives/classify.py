@@ -13,13 +13,12 @@ Shapes:  B batch   T time
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt.data.order import place
 from minigpt.data.text import Batch, moved
 from minigpt.data.tokenizer import MARKS, Tokenizer
 from minigpt.metrics.intervals import Estimate, share
@@ -89,9 +88,8 @@ class ShuffledExamples:
         _check(self.examples, self.batch_size)
 
     def __call__(self, i: int) -> Batch:
-        n = len(self.examples)
-        rows = (divmod(row, n) for row in range(i * self.batch_size, (i + 1) * self.batch_size))
-        chosen = [self.examples[_order(self.seed, epoch, n)[place]] for epoch, place in rows]
+        rows = range(i * self.batch_size, (i + 1) * self.batch_size)
+        chosen = [self.examples[place(self.seed, len(self.examples), row)] for row in rows]
         return collate(chosen, self.pad)
 
 
@@ -161,11 +159,6 @@ def class_logits(model: Model, batch: Batch) -> Tensor:
         label = low if low < 0 else high
         raise ValueError(f"label {label}, the model has {classes} classes: 0 to {classes - 1}")
     return logits
-
-
-@lru_cache(maxsize=2)  # a batch touches one epoch, or two
-def _order(seed: int, epoch: int, n: int) -> list[int]:
-    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
 def _check(examples: Sequence[Example], batch_size: int) -> None:

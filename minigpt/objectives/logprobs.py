@@ -19,7 +19,8 @@ from minigpt.data.text import IGNORED
 class Causal(Protocol):
     """A decoder's states and its head."""
 
-    head: nn.Module
+    @property
+    def head(self) -> nn.Module: ...
 
     def hidden(
         self,

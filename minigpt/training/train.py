@@ -122,18 +122,23 @@ def train(
     resume: bool = False,
     observe: Callable[[Row], None] = lambda row: None,
     probes: Sequence[Probe] = (),
+    dropout: bool = True,
+    period: int = 1,
 ) -> list[Row]:
     """Trains the parameters of `model` that require gradients.
 
     Args:
         loss: `loss(model, batch)` -> scalar mean over the labels of the batch that are not -100.
-        batches: micro-batch number -> batch; a pure function, so that a resumed run sees what an
-            uninterrupted one would.
+        batches: micro-batch number -> batch; a pure function of the number, or of the number and
+            the weights, so that a resumed run sees what an uninterrupted one would.
         directory: folder of `metrics.jsonl` and `snapshots/`; None: nothing is written.
         heldout: batches whose mean loss is measured every `config.evaluate_every` steps.
         resume: continue from the newest whole snapshot of `directory`, if there is one.
         observe: called with each row of metrics.
         probes: further measurements at each step.
+        dropout: False: the model trains in evaluation mode.
+        period: the steps that share what batches drew by the weights before the first of them; a
+            snapshot follows a whole period, and the run stops after one.
 
     Returns:
         One row a step, resumed ones included: step, loss and heldout_loss (nats a label), lr,
@@ -162,7 +167,7 @@ def train(
     if record and not resume:
         record.start()
     try:
-        with mode(model, training=True), stop_requested() as stop:
+        with mode(model, training=dropout), stop_requested() as stop:
             for t in range(len(rows), config.steps):
                 begin = time.perf_counter()
                 micro = [batches(t * config.accumulate + i) for i in range(config.accumulate)]
@@ -181,8 +186,9 @@ def train(
                 if record:
                     record.write(row)
                 observe(row)
-                last, stopping = t + 1 == config.steps, stop.is_set()
-                if record and (_due(t + 1, config.snapshot_every) or stopping or last):
+                last, whole = t + 1 == config.steps, (t + 1) % period == 0
+                stopping = stop.is_set() and (whole or last)
+                if record and (_passed(t + 1, config.snapshot_every, period) or stopping or last):
                     record.snapshot(t + 1)
                 if stopping:
                     raise Interrupted(f"interrupted after step {t + 1} of {config.steps}")
@@ -286,3 +292,9 @@ def _labels(batch: Batch) -> int:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _passed(step: int, every: int, period: int) -> bool:
+    """Whether a period ends with this step, in which a multiple of `every` fell."""
+    whole = every > 0 and step % period == 0
+    return whole and step // every > (step - period) // every
