@@ -33,6 +33,8 @@ SHORT = {
     "quantize": "",
     "info": "",
     "verify": "",
+    "study rl-by-enumeration": "--steps 2 --seeds 2",
+    "align": "--steps 2 --batch-size 8 --heldout 0.05",
     "study": f"--steps 2 {BATCH} --seeds 1 --starts 2 --tokens 2 --rounds 2",
 }
 SOURCES = ("model", "text", "text2", "data", "chat")

@@ -119,7 +119,11 @@ def findings(runs: list[tuple[str, Any]], key: str) -> list[list[str]]:
 
 def pretrained(runs: list[tuple[str, Any]]) -> list[str]:
     """The claims of ABOUT beside every decoder, then the answers of those from a .gguf file."""
-    models = {m: [r for _, r in runs if words.name(r["settings"]["model"]) == m] for m in DECODERS}
+
+    def name(results: Any) -> str:
+        return words.name(results["settings"].get("model", ""))
+
+    models = {m: [r for _, r in runs if name(r) == m] for m in DECODERS}
     models = {m: results for m, results in models.items() if results}
     heads = [
         words.model_name(m, words.weights(results[0]["parts"])) for m, results in models.items()

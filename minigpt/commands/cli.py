@@ -30,6 +30,7 @@ from minigpt.training.interrupt import terminable
 COMMANDS = {
     "finetune": "fine-tune a pretrained model on a text or on conversations",
     "classify": "train an encoder to classify rows, and label rows with it",
+    "align": "train a model on preferences, or on rewards of what it writes",
     "generate": "continue a prompt",
     "evaluate": "answer the prompts of rows, and score the answers",
     "pretrain": "train a tokenizer and a model from texts",

@@ -23,11 +23,11 @@ from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands import scores
 from minigpt.commands.command import Run
-from minigpt.commands.generate import Continuation, chat_template, left_padded
+from minigpt.commands.generate import Continuation, chat_template
 from minigpt.data.chat import TEMPLATES, ChatTemplate
 from minigpt.data.conversations import Row, all_or_faults, numbered_rows, rows_file
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.generation import generate
+from minigpt.generation import generate, left_padded
 from minigpt.metrics.rouge import TOKENIZERS, score, words_by
 from minigpt.models.architecture import Decoder
 from minigpt.models.config import positive

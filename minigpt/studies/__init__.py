@@ -36,6 +36,7 @@ STUDIES: Mapping[str, str] = {
     "peft-methods": "003: what each method costs and what it gives, on an encoder",
     "lora-rank": "004: quality of a decoder against the rank of LoRA and the size of the text",
     "qlora": "004: LoRA on weights of 4 bits: what they cost and save, a decoder and an encoder",
+    "rl-by-enumeration": "004: objectives of reinforcement where every completion can be counted",
 }
 
 
@@ -103,7 +104,8 @@ def _run(name: str, settings: Any, out: Path, resume: bool) -> dict[str, object]
 def _inputs(settings: Any) -> dict[str, list[Path]]:
     """The files that a study reads: of its model, its texts and its labelled texts."""
     given = vars(settings)
-    inputs = model_files(find(given["model"]))
+    source = given.get("model")
+    inputs = model_files(find(source)) if source else {}
     for model in ("encoder", "memory_model"):
         if source := given.get(model):
             files = model_files(find(source)).items()

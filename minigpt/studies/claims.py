@@ -118,7 +118,7 @@ def count(measured: T, quoted: T) -> str:
 
 FREEZING, PARTIAL = "targeted-freezing", "partial-freezing"
 CLIPPING, METHODS, RANK = "clipping-and-schedule", "peft-methods", "lora-rank"
-QLORA = "qlora"
+QLORA, REINFORCEMENT = "qlora", "rl-by-enumeration"
 HUB = "needs the published model's weights, which are not part of the project"
 
 CLAIMS: Mapping[str, Claim] = {
@@ -203,6 +203,9 @@ CLAIMS: Mapping[str, Claim] = {
         "004", "on 4-bit weights LoRA on every linear layer learns more than on attention alone",
         "", QLORA),
     "survey.memory": Claim("004", "LoRA on 4-bit weights takes less memory", "", QLORA),
+    "survey.reinforcement": Claim(
+        "004", "a model can be fine-tuned by reinforcement: it gains what the reward asks for", "",
+        REINFORCEMENT),
     "survey.paged": Claim(
         "004", "the optimizer's state moves to the CPU's memory when the GPU's is full", "", "",
         "needs a GPU whose memory is full"),

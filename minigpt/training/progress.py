@@ -18,6 +18,7 @@ from minigpt.training.train import Row
 
 PAUSE = 10  # seconds without a line, at most
 LONG = 4_000_000  # characters of a text that takes some seconds
+SHOWN = ("loss", "reward", "kl")  # columns of a row of metrics, where it has them
 
 
 def say(text: str) -> None:
@@ -38,16 +39,16 @@ def progress_bar(title: str, steps: int, tokens_a_step: int) -> Iterator[Callabl
         TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[shown]}"),
         TextColumn("{task.fields[speed]:,.0f} tokens/s"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=steps, loss=float("nan"), speed=0.0)
+        task = bar.add_task(title, total=steps, shown="", speed=0.0)
 
         def show(row: Row) -> None:
-            speed = tokens_a_step / row["seconds"]
-            bar.update(task, completed=int(row["step"]), loss=row["loss"], speed=speed)
+            speed = row.get("tokens", tokens_a_step) / row["seconds"]
+            bar.update(task, completed=int(row["step"]), shown=_numbers(row), speed=speed)
 
         yield show
 
@@ -59,11 +60,15 @@ def _lines(title: str, steps: int) -> Callable[[Row], None]:
         nonlocal last
         step, now = int(row["step"]), time.monotonic()
         if step in (1, steps) or step % max(1, steps // 10) == 0 or now - last > PAUSE:
-            line = f"{title}: step {step}/{steps}, loss {row['loss']:.3f}"
+            line = f"{title}: step {step}/{steps}, {_numbers(row)}"
             print(line, file=sys.stderr, flush=True)
             last = now
 
     return show
+
+
+def _numbers(row: Row) -> str:
+    return ", ".join(f"{name} {row[name]:.3f}" for name in SHOWN if name in row)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from minigpt.models.architecture import Decoder
 from minigpt.models.mode import mode
 from minigpt.objectives import policy
 from minigpt.objectives.logprobs import completion_states
+from minigpt.objectives.reference import Reference
 from minigpt.objectives.reinforcement import ActorCritic, Options, Reinforcement, Round
-from minigpt.training.reference import Reference
 from minigpt.training.rollouts import Rollouts, sample
 from minigpt.training.train import Row
 from peft_lite.handle import Handle

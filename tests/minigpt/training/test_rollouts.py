@@ -10,7 +10,7 @@ from torch import Tensor
 import peft_lite
 from minigpt import GPTNeo
 from minigpt.objectives.logprobs import completion_logprobs
-from minigpt.training.reference import Reference
+from minigpt.objectives.reference import Reference
 from minigpt.training.rollouts import Rollouts, sample
 from tests import tiny
 

@@ -14,9 +14,9 @@ import peft_lite
 from minigpt import TrainConfig, train
 from minigpt.data.text import Batch
 from minigpt.objectives import policy
+from minigpt.objectives.reference import Reference
 from minigpt.objectives.reinforcement import REINFORCEMENTS, ActorCritic, Options
 from minigpt.training.interrupt import Interrupted
-from minigpt.training.reference import Reference
 from minigpt.training.rollouts import sample
 from minigpt.training.rounds import Prompt, Rounds, Sampler
 from minigpt.training.train import Row, training_step
@@ -264,3 +264,38 @@ def test_a_batch_that_cuts_a_group_is_refused() -> None:
     rounds = Run("grpo", iterations=2).rounds
     with pytest.raises(ValueError, match="step 2 lies within a round"):
         rounds(1)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
+def test_a_second_update_is_bounded_by_its_ratio(name: str) -> None:
+    """- min(u A, clip(u) A), u of what sampling gave and of the model as it is now."""
+    run = Run(name, beta=0.0, kl="k1", iterations=2)
+    size = 0.1 if name == "rloo" else 0.5
+    batch = run.rounds(0)
+    with torch.no_grad():
+        for n, p in run.model.named_parameters():
+            if p.requires_grad:
+                p += size * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))
+    labels = batch["labels"]
+    real = (labels != -100).double()
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = run.model.eval()(batch["input_ids"], batch["attention_mask"], positions)
+    every = logits[:, -labels.size(1) - 1 : -1].double().log_softmax(-1)
+    now = every.gather(2, labels.clamp(min=0)[..., None])[..., 0] * real
+    log_ratio = now - batch["old_logprobs"].double()
+    A = batch["advantages"].double()
+    if name == "rloo":
+        u = log_ratio.sum(1).exp()
+        losses, weights = (u * A, u.clamp(0.8, 1.2) * A), torch.full_like(A, 1 / len(A))
+    else:
+        u, A = log_ratio.exp(), A if A.dim() == 2 else A[:, None]
+        losses, weights = (u * A, u.clamp(0.8, 1.2) * A), real / real.sum()
+    bounded = ((u < 0.8) | (u > 1.2)).double().mean()
+    assert 0.1 < bounded < 1
+    expected = -(torch.minimum(*losses) * weights).sum()
+    if name == "ppo":  # V is 0 still, as when the round was drawn
+        expected = expected + 0.1 * 0.5 * (batch["returns"].double() ** 2 * weights).sum()
+    with torch.no_grad():
+        loss = run.loss(run.trained, batch)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
