@@ -7,8 +7,9 @@
                  A_t     = delta_t + gamma lambda A_(t+1)
 
 A baseline that does not depend on the completion leaves the mean of the policy gradient as it is,
-and so does the mean of the others.  The group's mean, which contains r_i, shrinks it by 1 - 1/G; to
-divide by the standard deviation changes what is maximised, and so does whitening.
+and so does the mean of the others.  The group's mean, which contains r_i, shrinks it by 1 - 1/G.
+To divide by the standard deviation gives another gradient, which is 0 at pi* all the same where the
+divergence is part of the reward: there all rewards are equal.  Whitening gives another one, too.
 
 The score of a completion stands at its last token: the end token where there is one.  After it the
 value is 0, also where a completion was cut at its greatest length.

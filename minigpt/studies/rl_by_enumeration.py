@@ -13,9 +13,10 @@ Each seed has another world: other rewards, another reference, other draws.
 
 Measured are the course of KL(pi | pi*), the variance of each estimator at the start, by the sum
 over all pairs of completions, and where GRPO ends.  With pairs of completions its mean gradient is
-such a sum, too, and its own fixed point is where that is 0:  pi* where the rewards of a group are
-centred and the divergence is part of the reward (k1), another policy where advantages are divided
-by the standard deviation, or where the divergence is in the loss (k3).
+such a sum, too, and its own fixed point is where that is 0.  With the divergence in the reward (k1)
+that is pi*, where all completions have the same reward, so that it does not matter by what their
+differences are divided.  With the divergence in the loss (k3) it is another policy, and yet another
+one where advantages are divided by the standard deviation.
 """
 
 import math
@@ -54,6 +55,7 @@ LETTERS, LENGTH, END = 3, 3, 0
 V = LETTERS + 1
 STATES = V**LENGTH  # numbers of beginnings, not all of which there are
 POINTS = 40  # of the curves
+UPDATES, ZERO = 400, 1e-9  # of the search for a fixed point, and a gradient that counts as none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class Settings:
     """The study's settings."""
 
     seeds: int = option("worlds; below five nothing is decided", 5)
-    steps: int = with_default(TrainingOptions, "steps", 400)
+    steps: int = with_default(TrainingOptions, "steps", 150)
     completions: int = option("of a step", 16)
     lr: float = option("rate, which falls to 0", 0.1)
     beta: float = option("factor of the divergence", 0.5)
@@ -138,6 +140,16 @@ class World:
         """Log pi*, (N,)."""
         # pi* ~ pi_ref exp(r / beta)
         return (self.reference.sum(1) + self.rewards / self.beta).log_softmax(0)
+
+    def table(self, log_pi: Tensor) -> Tensor:
+        """The logits (V, STATES) of a policy over completions, log pi (N,)."""
+        mass = torch.zeros(V, STATES, dtype=torch.float64)
+        numbers = TablePolicy(self.logits).hidden(self.ids)[:, :-1].argmax(-1)
+        for t in range(LENGTH):
+            real = self.completion[:, t] != IGNORED
+            place = (self.completion[real, t], numbers[real, t])
+            mass.index_put_(place, log_pi[real].exp(), accumulate=True)
+        return mass.log().where(mass > 0, self.logits)
 
     def round(self, model: TablePolicy, rows: Tensor) -> Round:
         """What those completions got."""
@@ -274,33 +286,37 @@ def spread(world: World, name: str) -> tuple[float, float]:
     its variance, summed over the table, over the square of its mean; and the cosine of the angle
     between its mean and the exact gradient.
     """
-    model, arm = TablePolicy(world.logits), ARMS[name]
-    options, N = arm.options(world.beta), len(world.ids)
-    leaf = world.logprobs(model).detach()
-    pi = leaf.sum(1).exp()
-    score = scores_of_tokens(world, model)  # (N, LENGTH, parameters)
-    first = torch.zeros(score.size(-1), dtype=torch.float64)
-    second = 0.0
-    for i, j in product(range(N), repeat=2):
-        rows = torch.tensor([i, j])
-        columns = arm.objective.batch(world.round(model, rows), options)
-        logprobs = leaf[rows].requires_grad_()
-        each = arm.objective.losses(logprobs, columns, options)
-        if options.kl == "k3":
-            k3 = options.beta * policy.k3(logprobs, columns["reference"])
-            each = each + k3
-        n = int(world.mask[rows].sum())
-        loss = policy.weighted_mean(each, columns["weights"], n)
-        (d,) = torch.autograd.grad(loss, logprobs)
-        g = -torch.einsum("gc,gcp->p", d, score[rows])
-        p = pi[i] * pi[j]
-        first += p * g
-        second += float(p * (g @ g))
+    model = TablePolicy(world.logits)
+    pairs = torch.combinations(torch.arange(len(world.ids)), 2, with_replacement=True)
+    g = gradients(world, model, ARMS[name], pairs)
+    pi = world.reference.sum(1).exp()
+    p = pi[pairs].prod(1) * (1 + (pairs[:, 0] < pairs[:, 1]))  # the order does not matter
+    mean_g = p @ g
+    square = float(mean_g @ mean_g)
     (exact,) = torch.autograd.grad(
         world.objective(world.logprobs(model).sum(1)), [model.head.weight]
     )
-    flat, square = exact.flatten(), float(first @ first)
-    return second / square - 1, float(first @ flat) / (square**0.5 * float(flat.norm()))
+    cosine = float(mean_g @ exact.flatten()) / (square**0.5 * float(exact.norm()))
+    return float(p @ (g * g).sum(1)) / square - 1, cosine
+
+
+def gradients(world: World, model: TablePolicy, arm: Arm, pairs: Tensor) -> Tensor:
+    """The direction in which each pair of completions (M, 2) moves the table, (M, V * STATES)."""
+    options, token = arm.options(world.beta), scores_of_tokens(world, model)
+    # what has no baseline of the whole round takes all pairs as the groups of a single round
+    grouped = arm.objective.generations > 1 or (arm.name == "reinforce" and not arm.baseline)
+    parts = []
+    for rows in [pairs.flatten()] if grouped else pairs:
+        columns = arm.objective.batch(world.round(model, rows), options)
+        logprobs = world.logprobs(model).detach()[rows].requires_grad_()
+        losses = arm.objective.losses(logprobs, columns, options)
+        if options.kl == "k3":
+            losses = losses + options.beta * policy.k3(logprobs, columns["reference"])
+        n = int(world.mask[rows].sum())
+        loss = policy.weighted_mean(losses, columns["weights"], n) * (len(rows) / 2)
+        (d,) = torch.autograd.grad(loss, logprobs)
+        parts.append(-torch.einsum("mgc,mgcp->mp", d.view(-1, 2, LENGTH), token[rows.view(-1, 2)]))
+    return torch.cat(parts)
 
 
 def scores_of_tokens(world: World, model: TablePolicy) -> Tensor:
@@ -314,22 +330,21 @@ def scores_of_tokens(world: World, model: TablePolicy) -> Tensor:
     return score.flatten(2)
 
 
-def fixed_point(world: World, name: str, updates: int = 3000) -> tuple[Tensor, float]:
+def fixed_point(world: World, name: str) -> tuple[Tensor, float]:
     """Where the mean gradient of GRPO on pairs of completions is 0: log pi (N,), and the largest
     number of the gradient that is left.
     """
-    arm = ARMS[name]
-    options = arm.options(world.beta)
-    model = TablePolicy(world.logits)
+    options = ARMS[name].options(world.beta)
+    model = TablePolicy(world.table(world.optimum()))  # which it is, with k1
     optimizer = torch.optim.Adam([model.head.weight], 0.1)
-    for t in range(updates):
-        optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** (10 * t / updates)
-        loss = mean_loss(world, model, options)
-        optimizer.zero_grad()
-        loss.backward()
+    for t in range(UPDATES):
+        (d,) = torch.autograd.grad(mean_loss(world, model, options), [model.head.weight])
+        if d.abs().max() < ZERO:
+            break
+        model.head.weight.grad = d
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** (10 * t / UPDATES)
         optimizer.step()
-    (left,) = torch.autograd.grad(mean_loss(world, model, options), [model.head.weight])
-    return world.logprobs(model).detach().sum(1), float(left.abs().max())
+    return world.logprobs(model).detach().sum(1), float(d.abs().max())
 
 
 def mean_loss(world: World, model: TablePolicy, options: Options) -> Tensor:
@@ -450,16 +465,19 @@ def answer(m: Measured) -> list[str]:
     """Three sentences."""
     seeds = enough(m.settings.seeds, "world")
     near = min((name for name in TOWARDS if name != EXACT), key=lambda name: m.end(name).value)
-    scaled = "GRPO, k1, scaled"
-    away = mean(m.ends[scaled]["from_optimum"])
-    own = mean(m.ends[scaled]["learned_from_fixed_point"])
+    away, own = (
+        {name: mean(m.ends[name][key]) for name in GRPO}
+        for key in ("from_optimum", "learned_from_fixed_point")
+    )
     plain, others = m.spreads["REINFORCE"][0], m.spreads["RLOO"][0]
     return [
         f"After {m.settings.steps} steps of {m.settings.completions} completions ({seeds}) the "
         f"policy nearest to pi* is that of {near}, {m.end(near)} nats away; PPO's is "
         f"{m.end('PPO')}, DPO's {m.end(DPO)}, and the exact gradient's {m.end(EXACT)}.",
-        f"GRPO with advantages over the standard deviation has another end: its fixed point lies "
-        f"{away} nats from pi*, and what it learns {own} from that point.",
+        f"GRPO with the divergence in its loss has another end: its fixed point lies "
+        f"{away['GRPO, k3']} nats from pi*, {away['GRPO, k3, scaled']} with advantages over the "
+        f"standard deviation; what it learns lies {own['GRPO, k3']} and "
+        f"{own['GRPO, k3, scaled']} nats from these points.",
         f"The variance of the gradient of two completions is {plain:.3g} times the square of its "
         f"mean for REINFORCE, and {others:.3g} times with the other completion as the baseline.",
     ]

@@ -93,7 +93,7 @@ NO_NUMBER = {  # refused whatever the option means
     "whole": [str(2**63), str(10**20), str(-(10**30)), "9" * 5000, "1.5", "nan", "inf", "", "x"],
     "real": ["nan", "inf", "-inf", "1e400", "-1e308", "1e39", "", "x", "9" * 5000],
 }
-COMMANDS = [*((name,) for name in ("finetune", "pretrain", "generate", "info"))]
+COMMANDS = [*((name,) for name in ("finetune", "align", "pretrain", "generate", "info"))]
 COMMANDS += [("study", name) for name in studies.STUDIES]
 
 
