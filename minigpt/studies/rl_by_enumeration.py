@@ -485,7 +485,7 @@ def answer(m: Measured) -> list[str]:
 
 def findings(m: Measured) -> list[Finding]:
     """The verdict."""
-    gains = {name: m.gain(name) for name in NAMES if name != EXACT}
+    gains = {name: m.gain(name) for name in ARMS}
     least = min(gains, key=lambda name: gains[name].value)
     return [
         Finding(

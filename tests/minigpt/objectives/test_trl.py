@@ -69,6 +69,7 @@ def trainer(**attributes: Any) -> Any:
     accelerator = SimpleNamespace(
         device=torch.device("cpu"),
         num_processes=1,
+        is_main_process=False,
         sync_gradients=True,
         autocast=nullcontext,
         gather=same,
@@ -135,11 +136,17 @@ def inputs_of(batch: Batch, drawn: Rollouts) -> dict[str, Tensor]:
     }
 
 
-def compare(cls: Any, oracle: Any, name: str, options: Options, add_head: Any) -> None:
+def add_head(module: Any, model: nn.Module) -> None:
+    """Gives the model the head by which trl reads log-probabilities."""
+    fields = ("log_probs", "entropy", "mean_logits", "is_top1")
+    module.add_fused_lm_head(model, outputs=fields)
+
+
+def compare(module: Any, cls: Any, oracle: Any, name: str, options: Options) -> None:
     batch, drawn = batch_of(name, options)
     hf = moved_on(llama())
     ours = sibling(hf)
-    add_head(hf)
+    add_head(module, hf)
     oracle._get_per_token_logps_and_entropies = lambda *a, **k: (
         cls._get_per_token_logps_and_entropies(oracle, *a, **k)
     )
@@ -161,16 +168,17 @@ def test_grpo(average: str, loss_type: str, beta: float) -> None:
     module = trl("grpo_trainer")
     options = Options(beta=beta, kl="k3", generations=2, average=average)
     oracle = trainer(loss_type=loss_type, beta=beta)
-    compare(module.GRPOTrainer, oracle, "grpo", options, module.add_fused_lm_head)
+    compare(module, module.GRPOTrainer, oracle, "grpo", options)
 
 
 def test_rloo() -> None:
     module = trl("rloo_trainer")
     options = Options(beta=0.05, kl="k1", generations=2)
     oracle = trainer(beta=0.05)
-    compare(module.RLOOTrainer, oracle, "rloo", options, module.add_fused_lm_head)
+    compare(module, module.RLOOTrainer, oracle, "rloo", options)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # trl's own
 def test_dpo() -> None:
     module = trl("dpo_trainer")
     pairs = [
@@ -182,7 +190,7 @@ def test_dpo() -> None:
     hf, before = moved_on(llama()), llama()
     ours, reference = sibling(hf), Reference(sibling(before), "full")
     for model in (hf, before):
-        module.add_fused_lm_head(model)
+        add_head(module, model)
     loss = preference_loss(Dpo(0.3, reference, None))(ours, batch)
     order = torch.tensor([0, 2, 4, 1, 3, 5])  # theirs: all chosen ones, then all rejected ones
     prompt = torch.zeros(6, 2, dtype=torch.long)
