@@ -24,7 +24,8 @@ from minigpt.commands.align_options import BETA, Align
 from minigpt.commands.command import Run
 from minigpt.commands.tuning import costs
 from minigpt.data.chat import ChatTemplate
-from minigpt.data.preferences import Encoder, plain, read_pairs, read_prompts, rows_file, split_rows
+from minigpt.data.conversations import split_rows
+from minigpt.data.preferences import Encoder, plain, read_pairs, read_prompts, rows_file
 from minigpt.data.text import Batch
 from minigpt.data.tokenizer import MARKS, Tokenizer
 from minigpt.models.architecture import Decoder, Model
@@ -49,6 +50,7 @@ from minigpt.settings.manifest import model_files
 from minigpt.training import memory
 from minigpt.training.progress import progress_bar, say
 from minigpt.training.rounds import HELDOUT, Prompt, Rounds, Sampler
+from minigpt.training.trackers.follow import tracked
 from minigpt.training.train import Loss, Row, evaluate, train
 from peft_lite import report, storage
 from peft_lite.handle import Handle
@@ -99,7 +101,10 @@ class Job:
     ) -> list[Row]:
         """Trains without dropout, with a progress bar."""
         s = self.settings
-        with progress_bar(s.objective, s.steps, s.tokens_a_step) as observe:
+        with (
+            progress_bar(s.objective, s.steps, s.tokens_a_step) as show,
+            tracked(s.track, self.out, asdict(s), show) as observe,
+        ):
             return train(
                 *(model, loss, batches, s, self.out),
                 resume=self.resume,

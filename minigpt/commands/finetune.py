@@ -17,7 +17,7 @@ from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Run
 from minigpt.commands.lessons import LessonOptions, read_lesson
-from minigpt.commands.tuning import TuningOptions, costs
+from minigpt.commands.tuning import costs
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.registry import OBJECTIVES
 from minigpt.settings import runs
@@ -32,7 +32,7 @@ from peft_lite.quantized import CODECS, is_quantized
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(LessonOptions, TuningOptions):
+class Finetune(LessonOptions):
     """The command's settings."""
 
     model: str = option(f"a model: {FORMS}")

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from minigpt.commands.tuning import TuningOptions
 from minigpt.data.chat import TEMPLATES, ChatTemplate
 from minigpt.data.conversations import Row, all_or_faults, numbered_rows, rows_file, split_rows
 from minigpt.data.packing import Arrange, Example, Grouping, Packing, ShuffledRows, all_rows
@@ -24,7 +25,6 @@ from minigpt.objectives.objective import Windows
 from minigpt.objectives.registry import OBJECTIVES
 from minigpt.objectives.supervised import answer, ends_of, example
 from minigpt.settings.options import option, with_default
-from minigpt.settings.training import TrainingOptions
 from minigpt.training.progress import say, text_bar
 
 PROMPT = 24  # tokens
@@ -34,7 +34,7 @@ Pairs = list[tuple[Row, Example]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LessonOptions(TrainingOptions):
+class LessonOptions(TuningOptions):
     """What a run learns from.
 
     Attributes:
@@ -60,7 +60,7 @@ class LessonOptions(TrainingOptions):
         choices=tuple(OBJECTIVES),
     )
     heldout: float = with_default(
-        TrainingOptions,
+        TuningOptions,
         "heldout",
         0.1,
         "share of the text, at its end, or of the conversations, held out for evaluation",

@@ -24,11 +24,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from minigpt.data.chat import ChatTemplate
+from minigpt.data.conversations import Message
 from minigpt.data.labelled import SUFFIXES, checked_text, rows_of, unpacked_text
 from minigpt.data.tales import TALES, text_file, text_of
 from minigpt.data.tokenizer import Tokenizer
@@ -37,9 +38,7 @@ from peft_lite.json_files import check_types, parse, short
 JSON = (".json", ".json.gz")
 PROMPT, SENTENCE = 6, (12, 40)  # words of the prompt, and of a sentence of a tale
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-T = TypeVar("T")
 
-Message = dict[str, str]
 Text = str | list[Message]  # a text, or messages
 
 
@@ -83,24 +82,6 @@ def read_prompts(source: str) -> list[PromptRow]:
 def plain(text: Text) -> str:
     """A text as it is; of messages their contents, an empty line between them."""
     return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
-
-
-def split_rows(rows: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
-    """The rows to learn from and those held out, in their order: a share, at least one and not all,
-    drawn at random.
-
-    Raises:
-        ValueError: there is a single row.
-    """
-    n = len(rows)
-    if n < 2:
-        raise ValueError("there is 1 row, at least 2 are needed: one is held out")
-    count = min(max(1, round(share * n)), n - 1)
-    heldout = {*np.random.default_rng(seed).permutation(n)[:count].tolist()}
-    return (
-        [row for i, row in enumerate(rows) if i not in heldout],
-        [row for i, row in enumerate(rows) if i in heldout],
-    )
 
 
 class Encoder:
