@@ -194,13 +194,15 @@ def test_the_other_training_commands_have_trackers(
     text, sizes = str(base / "text.txt"), ["--hidden-size", "16", "--num-heads", "2"]
     pretrain = ["pretrain", "--text", text, "--vocab-size", "270", *sizes, *short]
     classify = ["classify", "train", "--model", "bundled-bert", "--data", "bundled-reviews", *short]
-    for arguments in (pretrain, classify):
+    align = ["align", "--objective", "dpo", "--model", "bundled", "--data", "bundled-carroll"]
+    align += [*short[:4], "--heldout", "0.02", "--evaluate-every", "0", *short[6:]]
+    for arguments in (pretrain, classify, align):
         out = tmp_path / arguments[0]
         assert main([*arguments, "--out", str(out)]) == 0
         assert len(metrics(out)) == 3
         assert memory.logs[-1].rows == metrics(out)
         assert memory.logs[-1].closed == 1
-    assert len(memory.logs) == 2
+    assert len(memory.logs) == 3
 
 
 @pytest.mark.parametrize("moments", [("start",), ("step 1",), ("step 3", "close"), ("close",)])
