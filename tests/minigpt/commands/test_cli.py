@@ -412,7 +412,11 @@ def test_missing_options_and_commands(tmp_path: Path, capsys: pytest.CaptureFixt
     refuse([], "COMMAND", capsys)
     refuse(["tune"], "'tune'", capsys)
     refuse(["finetune"], "--out", capsys)
-    refuse(["finetune", "--out", str(tmp_path / "run")], "--model, --text", capsys, tmp_path)
+    refuse(["finetune", "--out", str(tmp_path / "run")], "--model", capsys, tmp_path)
+    model = ["--model", "bundled"]
+    refuse(
+        ["finetune", *model, "--out", str(tmp_path / "run")], "either --text or", capsys, tmp_path
+    )
     refuse(["generate", "--prompt", "x"], "--model", capsys)
     refuse(["info"], "--model", capsys)
 
@@ -593,7 +597,7 @@ def test_resume_without_a_run_asks_for_its_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ["finetune", "--resume", "--out", str(tmp_path / "run")]
-    refuse(run, "--model, --text", capsys, tmp_path)
+    refuse(run, "required: --model", capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
