@@ -8,6 +8,7 @@ import torch
 
 from minigpt.commands.finetune import Finetune
 from minigpt.commands.pretrain import Pretrain
+from minigpt.settings.methods import LR
 from minigpt.settings.options import LARGEST, with_default
 from minigpt.settings.training import TrainingOptions
 from minigpt.studies import STUDIES, study
@@ -26,6 +27,12 @@ def test_the_settings_of_a_command_are_those_of_the_loop(kind: type) -> None:
     every = {f.name for f in fields(TrainConfig)}
     fixed = {"betas", "eps", "clip_from"}
     assert every - offered == (fixed if kind is Finetune else {*fixed, "loraplus_lr_ratio"})
+
+
+@pytest.mark.parametrize("method", LR)
+def test_the_rate_is_that_of_the_method_unless_one_is_given(method: str) -> None:
+    assert Finetune(model="m", text="t", method=method).with_rate().lr == LR[method]
+    assert Finetune(model="m", text="t", method=method, lr=0.5).with_rate().lr == 0.5
 
 
 def test_a_study_takes_its_settings_of_training_from_the_same_place() -> None:
