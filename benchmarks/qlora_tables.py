@@ -52,6 +52,7 @@ def whole(rows: Rows) -> str:
     for what, title in TITLES.items():
         taken = [row for row in rows if row["what"] == what]
         if not taken:
+            lines.append(f"| {title} | not measured | | | |")
             continue
         seconds, tokens = median(taken, "seconds"), int(taken[0]["tokens"])
         speed = f"{tokens / seconds:.3g}" if tokens else ""
