@@ -8,6 +8,7 @@ minigpt/objectives); from conversations, a decoder learns to answer.  What diffe
 is in minigpt/commands/lessons.py.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Finetune(LessonOptions):
 
 def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes to OUT `model/` (full, freeze) or `adapter/` (all others), `metrics.jsonl`,
-    `sample.txt` and `summary.json`; returns the summary.
+    `sample.txt`, of conversations `heldout.jsonl`, and `summary.json`; returns the summary.
     """
     device = settings.find_device()
     before_model = memory.resident()
@@ -75,6 +76,9 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     result = settings.write(model, handle, tokenizer, directory, out)
     for name, text in lesson.files.items():
         storage.write_text(result / name, text)
+    if lesson.rows:
+        lines = [json.dumps({"messages": row}, ensure_ascii=False) for row in lesson.rows]
+        storage.write_text(out / "heldout.jsonl", "".join(f"{line}\n" for line in lines))
     storage.write_text(
         out / "sample.txt",
         f"--- before ---\n{sample_before}\n\n--- after ---\n{sample_after}\n",

@@ -15,7 +15,14 @@ import torch
 
 from minigpt.commands.tuning import TuningOptions
 from minigpt.data.chat import TEMPLATES, ChatTemplate
-from minigpt.data.conversations import Row, all_or_faults, numbered_rows, rows_file, split_rows
+from minigpt.data.conversations import (
+    Conversation,
+    Row,
+    all_or_faults,
+    numbered_rows,
+    rows_file,
+    split_rows,
+)
 from minigpt.data.packing import Arrange, Example, Grouping, Packing, ShuffledRows, all_rows
 from minigpt.data.tales import text_file, text_of
 from minigpt.data.text import IGNORED, Batch, split_text
@@ -94,6 +101,7 @@ class Lesson:
         inputs: the files it was read from, by what they are.
         counts: for the summary.
         files: texts that belong beside the model or adapter, by their names.
+        rows: the conversations held out, for `minigpt evaluate`.
         check: raises ValueError for a model that cannot learn from such batches.
     """
 
@@ -103,6 +111,7 @@ class Lesson:
     inputs: Mapping[str, Iterable[Path]]
     counts: Mapping[str, object] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[Conversation] = ()
     check: Callable[[Model], None] = lambda model: None
 
 
@@ -183,6 +192,7 @@ def chat_lesson(
             "labelled_tokens": sum(int((e.labels != IGNORED).sum()) for e in train_examples),
         },
         {"chat_template.jinja": template.source} if given else {},
+        [row.messages for row, _ in heldout],
         lambda model: None if settings.no_packing else check_packing(model),
     )
 

@@ -130,6 +130,8 @@ def test_the_losses_are_those_of_transformers(
     result = out / ("adapter" if method == "lora" else "model")
     tokenizer = their_tokenizer(base / "model", result)
     kept = heldout(rows())
+    lines = (out / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"messages": row["messages"]} for row in kept]
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(base / "model")
     before = oracle_loss(theirs, tokenizer, kept)
     if method == "lora":
