@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from minigpt.data.chat import ChatTemplate
+from minigpt.data.conversations import split_rows
 from minigpt.data.preferences import (
     Encoder,
     plain,
     read_pairs,
     read_prompts,
-    split_rows,
 )
 from minigpt.data.tokenizer import Tokenizer
 from tests.conftest import real_data
