@@ -256,7 +256,8 @@ def outcome(folder: Path) -> str:
         text = str(error)
         if not text.isprintable() or len(text) > 1000:
             return f"a message that is no short printable line: {text[:300]!r}"
-        if not any(file.name in text for file in folder.iterdir()) and str(folder) not in text:
+        names = [str(folder), "the chat template fails", *(file.name for file in folder.iterdir())]
+        if not any(name in text for name in names):
             return f"a message that names no file: {text}"
         return "refused"
     except BaseException as error:

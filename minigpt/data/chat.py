@@ -85,7 +85,7 @@ class ChatTemplate:
                 f"{folder} has no chat template: it was not trained on conversations; "
                 f"--chat-template gives it one: {', '.join(TEMPLATES)}, or a file"
             )
-        template = cls(source, tokens, moment)
+        template = cls._read(source, tokens, moment, folder)
         file = folder / "chat_template.jinja"
         template.file = file if folder.is_dir() and file.exists() else None
         return template
@@ -117,9 +117,19 @@ class ChatTemplate:
         source, (_, tokens) = read_text(path, MAX_TEMPLATE), _parts(named(directory))
         if given in TEMPLATES:
             source = _with_ends(source, tokens.get("eos_token"), tokenizer)
-        template = cls(source, tokens, moment)
+        template = cls._read(source, tokens, moment, path)
         template.file = path
         return template
+
+    @classmethod
+    def _read(
+        cls, source: str, tokens: Mapping[str, str], moment: datetime | None, path: Path
+    ) -> "ChatTemplate":
+        """That of a file or folder, which an error names."""
+        try:
+            return cls(source, tokens, moment)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a conversation.

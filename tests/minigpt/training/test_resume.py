@@ -564,7 +564,7 @@ def test_killed_processes_resume_to_the_same_bytes(method: str, base: Path, tmp_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-@pytest.mark.parametrize(("method", "limit"), [("lora", 2500), ("full", 50_000)])
+@pytest.mark.parametrize(("method", "limit"), [("lora", 3072), ("full", 50_000)])
 def test_a_full_disk_is_told_in_one_line_and_loses_nothing(
     method: str, limit: int, base: Path, tmp_path: Path
 ) -> None:
