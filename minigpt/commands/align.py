@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minigpt.checkpoints.config import end_ids
 from minigpt.checkpoints.directory import load, outline
 from minigpt.checkpoints.source import find
 from minigpt.commands.align_options import BETA, Align
@@ -45,6 +44,7 @@ from minigpt.objectives.pairs import (
 from minigpt.objectives.reference import Reference
 from minigpt.objectives.reinforcement import REINFORCEMENTS, ActorCritic
 from minigpt.objectives.rewards import Reward, joined, marked, reward_files, reward_of
+from minigpt.objectives.supervised import ends_of
 from minigpt.settings import runs
 from minigpt.settings.manifest import model_files
 from minigpt.training import memory
@@ -224,9 +224,7 @@ def sampler_of(
     room: int,
 ) -> Sampler:
     """What draws completions of at most `room` tokens and scores them."""
-    ends = {*end_ids(job.directory, model.config.vocab_size)}
-    if job.tokenizer.end_of_text is not None:
-        ends.add(job.tokenizer.end_of_text)
+    ends = ends_of(job.directory, job.tokenizer)
     device = next(model.parameters()).device
 
     def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:

@@ -25,7 +25,7 @@ from minigpt.commands import scores
 from minigpt.commands.command import Run
 from minigpt.commands.generate import Continuation, chat_template
 from minigpt.data.chat import TEMPLATES, ChatTemplate
-from minigpt.data.conversations import Row, all_or_faults, numbered_rows, rows_file
+from minigpt.data.conversations import Row, all_or_faults, numbered_rows, rows_file, unread
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import generate, left_padded
 from minigpt.metrics.rouge import TOKENIZERS, score, words_by
@@ -191,9 +191,8 @@ def read_questions(
         return Question(prompt, ids, answer["content"])
 
     questions = all_or_faults(question, rows, f"{rows_file(data)}: ", "cannot be asked")
-    if unread := {name: row.where for row in reversed(rows) for name in row.unread}:
-        fields = ", ".join(f"{name} ({where})" for name, where in sorted(unread.items()))
-        say(f"{rows_file(data)}: fields that are not read: {fields:.300}")
+    if fields := unread(rows, rows_file(data)):
+        say(fields)
     return questions
 
 

@@ -22,6 +22,7 @@ from minigpt.data.conversations import (
     numbered_rows,
     rows_file,
     split_rows,
+    unread,
 )
 from minigpt.data.packing import Arrange, Example, Grouping, Packing, ShuffledRows, all_rows
 from minigpt.data.tales import text_file, text_of
@@ -220,9 +221,8 @@ def fitting(examples: Pairs, length: int, drop: bool, path: Path) -> Pairs:
 
 def say_of_rows(pairs: Pairs, ends: set[int], path: Path) -> None:
     """Says which fields nobody reads, and if the model cannot learn where an answer ends."""
-    if unread := {name: row.where for row, _ in reversed(pairs) for name in row.unread}:
-        fields = ", ".join(f"{name} ({where})" for name, where in sorted(unread.items()))
-        say(f"{path}: fields that are not read: {fields:.300}")
+    if fields := unread((row for row, _ in pairs), path):
+        say(fields)
     if not any(ends & {*example.labels.tolist()} for _, example in pairs):
         say(
             "the chat template ends no answer with a token that ends a text for this model: "

@@ -125,6 +125,13 @@ def split_rows(rows: Sequence[X], share: float, seed: int) -> tuple[list[X], lis
     )
 
 
+def unread(rows: Iterable[Row], path: Path) -> str | None:
+    """What to say of fields that nobody reads: each with the first place where it stands."""
+    first = {name: row.where for row in [*rows][::-1] for name in row.unread}
+    fields = ", ".join(f"{name} ({where})" for name, where in sorted(first.items()))
+    return f"{path}: fields that are not read: {fields:.300}" if fields else None
+
+
 def _lines(text: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -8,7 +8,7 @@ Shapes:  B batch   T time
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,13 @@ def check_labels(labels: Tensor, classes: int | None = None) -> None:
             raise ValueError(
                 f"a label is {low if low < 0 else high}, must be {allowed}, or {IGNORED} for none"
             )
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) of rows filled with `pad` to the longest."""
+    T = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (T - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
 
 
 def read_text(path: Path) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.data.order import place
-from minigpt.data.text import Batch, moved
+from minigpt.data.text import Batch, moved, right_padded
 from minigpt.data.tokenizer import MARKS, Tokenizer
 from minigpt.metrics.intervals import Estimate, share
 from minigpt.models.architecture import Model, config_json
@@ -63,12 +63,10 @@ def encode(
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
     """Rows filled with `pad` to the longest."""
-    longest = max(len(example.ids) for example in examples)
-    rows = [example.ids + [pad] * (longest - len(example.ids)) for example in examples]
-    real = [[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in examples]
+    ids, real = right_padded([example.ids for example in examples], pad)
     return {
-        "input_ids": torch.tensor(rows),
-        "attention_mask": torch.tensor(real),
+        "input_ids": ids,
+        "attention_mask": real,
         "labels": torch.tensor([example.label for example in examples]),
     }
 

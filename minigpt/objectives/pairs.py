@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt.data.order import place
-from minigpt.data.text import IGNORED, Batch, moved
+from minigpt.data.text import IGNORED, Batch, moved, right_padded
 from minigpt.generation import left_padded
 from minigpt.models.architecture import Decoder, Model
 from minigpt.models.mode import mode
@@ -54,12 +54,10 @@ def collate_completions(pairs: Sequence[Completions]) -> Batch:
     """Prompts padded at the left, completions at the right."""
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     prompts, real = left_padded([pair.prompt for pair in pairs for _ in range(2)])
-    C = max(map(len, rows))
-    completion = torch.tensor([[*row, *[IGNORED] * (C - len(row))] for row in rows])
-    counted = completion != IGNORED
+    completion, counted = right_padded(rows, IGNORED)
     return {
-        "input_ids": torch.cat([prompts, completion.where(counted, 0)], 1),
-        "attention_mask": torch.cat([real, counted.long()], 1),
+        "input_ids": torch.cat([prompts, completion.where(counted == 1, 0)], 1),
+        "attention_mask": torch.cat([real, counted], 1),
         "completion": completion,
         "labels": torch.zeros(len(pairs), dtype=torch.long),
     }
@@ -68,10 +66,10 @@ def collate_completions(pairs: Sequence[Completions]) -> Batch:
 def collate_texts(pairs: Sequence[Texts], pad: int) -> Batch:
     """Rows padded at the right."""
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
-    T = max(map(len, rows))
+    ids, real = right_padded(rows, pad)
     return {
-        "input_ids": torch.tensor([[*row, *[pad] * (T - len(row))] for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows]),
+        "input_ids": ids,
+        "attention_mask": real,
         "labels": torch.zeros(len(pairs), dtype=torch.long),
     }
 

@@ -26,6 +26,7 @@ import torch
 import peft_lite
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import find
+from minigpt.data.text import right_padded
 from minigpt.data.tokenizer import MARKS, Tokenizer
 from minigpt.models.mode import mode
 from minigpt.settings import runs
@@ -59,32 +60,22 @@ def regex(argument: str) -> Reward:
 
 def exact(argument: str) -> Reward:
     """Whether it is the answer."""
-    field = argument or "answer"
-
-    def reward(
-        prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]
-    ) -> Sequence[float]:
-        pairs = zip(completions, rows, strict=True)
-        return [float(text.strip() == str(_field(row, field)).strip()) for text, row in pairs]
-
-    return reward
+    return by_field(argument, lambda text, value: float(text.strip() == str(value).strip()))
 
 
 def rouge_l(argument: str) -> Reward:
     """F of ROUGE-L."""
     from minigpt.metrics.rouge import score
 
-    field = argument or "answer"
+    return by_field(argument, lambda text, y: score(text, y, kinds=("rougeL",))["rougeL"].f)
 
-    def reward(
-        prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]
-    ) -> Sequence[float]:
-        pairs = zip(completions, rows, strict=True)
-        return [
-            score(text, _field(row, field), kinds=("rougeL",))["rougeL"].f for text, row in pairs
-        ]
 
-    return reward
+def by_field(field: str, compare: Callable[[str, Any], float]) -> Reward:
+    """Each completion compared with a field of its row, `answer` where no other is named."""
+    name = field or "answer"
+    return lambda prompts, completions, rows: [
+        compare(text, _field(row, name)) for text, row in zip(completions, rows, strict=True)
+    ]
 
 
 def trained_model(argument: str) -> Reward:
@@ -112,10 +103,8 @@ def trained_model(argument: str) -> Reward:
         with mode(model, training=False):
             for start in range(0, len(texts), AT_A_TIME):
                 part = texts[start : start + AT_A_TIME]
-                T = max(map(len, part))
-                ids = [[*row, *[tokenizer.special.pad] * (T - len(row))] for row in part]
-                real = [[1] * len(row) + [0] * (T - len(row)) for row in part]
-                out = model(torch.tensor(ids), attention_mask=torch.tensor(real))
+                ids, real = right_padded(part, tokenizer.special.pad)
+                out = model(ids, attention_mask=real)
                 scores += out[:, 0].tolist()
         return scores
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minigpt.checkpoints.config import end_ids
+from minigpt.checkpoints.config import end_ids, read_config
 from minigpt.data.chat import ChatTemplate, Message
 from minigpt.data.conversations import Row
 from minigpt.data.packing import Example
@@ -63,7 +63,7 @@ def example(row: Row, template: ChatTemplate, tokenizer: Tokenizer) -> Example:
 
 def ends_of(directory: Path, tokenizer: Tokenizer) -> set[int]:
     """The tokens that end a text for a checkpoint: its own, and the tokenizer's."""
-    ends = {*end_ids(directory, tokenizer.vocab_size)}
+    ends = {*end_ids(directory, read_config(directory)[1].vocab_size)}
     return ends if tokenizer.end_of_text is None else ends | {tokenizer.end_of_text}
 
 

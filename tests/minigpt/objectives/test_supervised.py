@@ -1,5 +1,6 @@
 """What a conversation teaches: ids and labels against transformers' own masks."""
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,16 @@ def test_an_answer_is_what_the_model_says_up_to_an_end() -> None:
     assert ends_of(folder, tokenizer) >= {tokenizer.end_of_text}
     assert answer(model, template, tokenizer, messages, {stop}) == tokenizer.decode(before).strip()
     assert answer(model, template, tokenizer, messages, range(4096)) == ""
+
+
+def test_the_ends_are_all_that_the_model_can_produce(tmp_path: Path) -> None:
+    """Also one without a text in the tokenizer, since the vocabulary was filled up."""
+    tokenizer = Tokenizer.train(["the cat sat"], 260)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    minigpt.save(minigpt.GPTNeo(minigpt.GPTNeoConfig(vocab_size=300, **sizes)), tmp_path)
+    ids = [tokenizer.vocab_size + 5, 299, 300]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert ends_of(tmp_path, tokenizer) == {*ids[:2], tokenizer.end_of_text}
 
 
 def test_an_answer_stays_within_the_positions() -> None:

@@ -107,7 +107,9 @@ def test_the_sampled_policy_is_the_models_at_temperature_1() -> None:
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix", "full", "freeze"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "bottleneck", "ia3", "bias", "prefix", "prompt", "full", "freeze"]
+)
 def test_the_reference_is_the_model_before_training_without_dropout(method: str) -> None:
     policy = model()
     rollouts = drawn(policy)
@@ -115,7 +117,12 @@ def test_the_reference_is_the_model_before_training_without_dropout(method: str)
     reference = Reference(policy, method)
     configs = {
         "lora": peft_lite.LoraConfig(["query", "mlp.up"], lora_dropout=0.5),
+        "dora": peft_lite.DoraConfig(["query"]),
+        "bottleneck": peft_lite.BottleneckConfig("pfeiffer", 4),
+        "ia3": peft_lite.IA3Config(["key", "value"]),
+        "bias": peft_lite.BiasConfig(),
         "prefix": peft_lite.PrefixConfig(num_virtual_tokens=2),
+        "prompt": peft_lite.PromptConfig(num_virtual_tokens=2),
         "freeze": peft_lite.FreezeConfig(train=["blocks.1"]),
     }
     handle = peft_lite.attach(policy, configs[method]) if method in configs else None
