@@ -3,8 +3,8 @@
     y  = x deq(W)^T + b        dx = dy deq(W)        db = sum of the rows of dy
 
 The codes of W do not train.  Neither pass keeps the dense weight: the backward pass dequantises
-again.  In float32 W is dequantised by tiles of some rows, each multiplied while it is in the cache,
-so that no dense W exists at all:
+again.  In float32 W is dequantised by tiles of some rows, each multiplied at once, so that no dense
+W exists at all:
 
     y[:, rows] = x W[rows]^T   dx += dy[:, rows] W[rows]
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from .backend import resolve
 from .nf4 import Quantized, dequantize, tiles
 
-TILE = 2**20  # numbers
+TILE = 2**22  # numbers: more would leave the cache, and fewer would read dx more often than W
 
 
 def nf4_linear(
