@@ -2,7 +2,8 @@
 https://huggingface.co/docs/transformers/chat_templating
 
 The template is a stranger's program: it runs in Jinja's sandbox, where it can change nothing,
-call nothing but its own functions and build no number or text of unbounded size by `*` and `**`.
+call nothing but its own functions, build no number or text of unbounded size by `*` and `**`, and
+turn its loops and call its macros a bounded number of times.
 
 Which characters are the assistant's, `spans` tells: those between the template's marks,
 `{% generation %} ... {% endgeneration %}`, as in transformers; or, of a template without marks,
@@ -15,7 +16,7 @@ as far as the text of the whole conversation begins with both.
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from peft_lite.select import nearest
 MAX_TEMPLATE = 2**20  # bytes
 LONGEST = 2**20  # characters, or a number, that a template's `*` may make
 LARGEST_POWER = 64  # of the base and the exponent of `**`
+MOST_TURNS = 2**20  # of a template's loops, and its calls, in one text
 TEMPLATES = {  # a new one is a file and a line
     "vistral": ASSETS / "templates" / "llama-2.jinja",
     "llama-2": ASSETS / "templates" / "llama-2.jinja",
@@ -65,7 +67,7 @@ class ChatTemplate:
         self.file: Path | None = None  # that it was read from, if it has one of its own
         environment = _environment(moment)
         try:
-            self.template = environment.from_string(source)
+            self.template = environment.from_string(_counted(environment.parse(source)))
         except jinja2.TemplateError as error:
             raise ValueError(f"cannot read the chat template: {printable(str(error))}") from None
         self.has_marks = hasattr(environment, "has_marks")
@@ -189,6 +191,7 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], add_generation_prompt: bool, **marks: str
     ) -> str:
+        self.template.environment.turns = 0
         try:
             return self.template.render(
                 messages=messages,
@@ -247,6 +250,15 @@ def _from_files(folder: Path) -> tuple[str | None, dict[str, str]]:
     return template, tokens
 
 
+def _counted(tree: Any) -> Any:
+    """A parsed template whose loops count their turns."""
+    from jinja2 import nodes
+
+    for loop in tree.find_all(nodes.For):
+        loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+    return tree
+
+
 def _environment(moment: datetime | None) -> Any:
     """Jinja's sandbox, with what templates written for transformers expect in it."""
     from jinja2 import nodes
@@ -256,6 +268,21 @@ def _environment(moment: datetime | None) -> Any:
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"*", "**"})
+        turns = 0
+
+        def count(self) -> None:
+            self.turns += 1
+            if self.turns > MOST_TURNS:
+                raise SecurityError(f"its loops and calls take more than {MOST_TURNS} turns")
+
+        def counted(self, items: Iterable[Any]) -> Iterator[Any]:
+            for item in items:
+                self.count()
+                yield item
+
+        def call(self, *arguments: Any, **named: Any) -> Any:
+            self.count()
+            return super().call(*arguments, **named)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             a, b = (len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right))
@@ -289,6 +316,7 @@ def _environment(moment: datetime | None) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
+    environment.filters["counted"] = environment.counted
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: (moment or datetime.now()).strftime(form)
     return environment

@@ -15,11 +15,10 @@ The `tokenizers` library cannot do this: its merges have to end in tokens of the
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from itertools import pairwise
+from heapq import heappop, heappush
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -118,14 +117,40 @@ class Phobert:
         return tuple(self.vocab.get(piece, unknown) for piece in self.pieces(word))
 
     def pieces(self, word: str) -> list[str]:
-        """`"thường"` -> `["th@@", "ường"]`"""
-        symbols = [*word[:-1], word[-1] + END]
-        while len(symbols) > 1:
-            pair = min(pairwise(symbols), key=lambda pair: self.merges.get(pair, math.inf))
-            if pair not in self.merges:
-                break
-            symbols = joined(symbols, pair)
-        return [symbol + JOIN for symbol in symbols[:-1]] + [symbols[-1].removesuffix(END)]
+        """`"thường"` -> `["th@@", "ường"]`
+
+        The pairs that have a merge wait in a heap, so that a word of n characters takes n log n.
+        """
+        symbols = [*word[:-1], word[-1] + END]  # one that was joined to that before it is ""
+        n = len(symbols)
+        before, after = [*range(-1, n - 1)], [*range(1, n + 1)]
+        waiting: list[tuple[int, int]] = []  # (place of the merge, index of the left symbol)
+
+        def rank(i: int) -> int | None:
+            j = after[i]
+            return self.merges.get((symbols[i], symbols[j])) if symbols[i] and j < n else None
+
+        def wait(i: int) -> None:
+            if i >= 0 and (place := rank(i)) is not None:
+                heappush(waiting, (place, i))
+
+        for i in range(n):
+            wait(i)
+        while waiting:
+            place = waiting[0][0]
+            touched = []
+            while waiting and waiting[0][0] == place:  # wherever it stands, from the left
+                _, i = heappop(waiting)
+                if rank(i) == place:
+                    j = after[i]
+                    symbols[i], symbols[j], after[i] = symbols[i] + symbols[j], "", after[j]
+                    if after[i] < n:
+                        before[after[i]] = i
+                    touched += [before[i], i]
+            for i in touched:
+                wait(i)
+        kept = [symbol for symbol in symbols if symbol]
+        return [symbol + JOIN for symbol in kept[:-1]] + [kept[-1].removesuffix(END)]
 
     def decode(self, ids: Iterable[int]) -> str:
         tokens = {i: token for token, i in self.vocab.items()}
@@ -140,17 +165,3 @@ class Phobert:
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
         return {self.vocab[content]: token for content, token in self.added.items()}
-
-
-def joined(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """The symbols with this pair as one, wherever it stands, from the left."""
-    result: list[str] = []
-    i = 0
-    while i < len(symbols):
-        if tuple(symbols[i : i + 2]) == pair:
-            result.append(symbols[i] + symbols[i + 1])
-            i += 2
-        else:
-            result.append(symbols[i])
-            i += 1
-    return result

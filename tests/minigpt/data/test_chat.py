@@ -117,6 +117,8 @@ def test_what_is_no_template_is_refused(
         "{{ 9 ** 9 ** 9 }}",
         "{{ [0] * 2000000 }}",
         "{% for i in range(10**6) %}{% endfor %}",
+        "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(40) }}",
         "{{ undefined_name.field }}",
         "{% include '/etc/passwd' %}",
     ],
@@ -127,6 +129,15 @@ def test_a_template_can_do_no_harm(source: str) -> None:
     with pytest.raises(ValueError, match="the chat template fails: "):
         template.text(messages)
     assert messages == [USER]
+
+
+def test_each_text_has_its_own_count_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minigpt.data.chat.MOST_TURNS", 3)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ loop.last }}{% endfor %}", {})
+    for _ in range(3):
+        assert template.text([{"role": "user", "content": "a"}] * 3) == "aFalseaFalseaTrue"
+    with pytest.raises(ValueError, match="its loops and calls take more than 3 turns"):
+        template.text([{"role": "user", "content": "a"}] * 4)
 
 
 def test_generation_marks_show_nothing() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt import Tokenizer
-from minigpt.data.phobert import FILES
+from minigpt.data.phobert import FILES, Phobert
 from minigpt.data.tokenizer import PhobertTokenizer, Special
 from tests.conftest import real_data
 
@@ -74,6 +75,41 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from strings(part)
+
+
+def by_rounds(symbols: list[str], merges: dict[tuple[str, ...], int]) -> list[str]:
+    """Sennrich's own way: join the best pair wherever it stands, look for the next best."""
+    while True:
+        pairs = [p for p in pairwise(symbols) if p in merges]
+        if not pairs:
+            return symbols
+        best, rest, symbols = min(pairs, key=merges.__getitem__), symbols, []
+        while rest:
+            step = 2 if tuple(rest[:2]) == best else 1
+            symbols.append("".join(rest[:step]))
+            rest = rest[step:]
+
+
+@given(
+    st.text("ab", min_size=1, max_size=24),
+    st.lists(st.tuples(*[st.text("ab", min_size=1, max_size=4)] * 2), max_size=12),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_merges_are_applied_as_by_rounds(word: str, pairs: list[tuple[str, str]]) -> None:
+    merges: dict[tuple[str, ...], int] = {}
+    for a, b in pairs:
+        merges[a, b] = len(merges)
+        merges[a, b + "</w>"] = len(merges)
+    expected = by_rounds([*word[:-1], word[-1] + "</w>"], merges)
+    expected = [s + "@@" for s in expected[:-1]] + [expected[-1].removesuffix("</w>")]
+    assert Phobert({"<unk>": 0}, merges, {}).pieces(word) == expected
+
+
+def test_a_word_of_two_hundred_thousand_characters_ends() -> None:
+    merges: dict[tuple[str, ...], int] = {("a", "b"): 0, ("ab", "ab"): 1}
+    assert Phobert({"<unk>": 0}, merges, {}).pieces("ab" * 100_000 + "c") == (
+        ["abab@@"] * 50_000 + ["c"]
+    )
 
 
 def test_the_ids_of_real_texts_are_those_of_transformers(ours: Tokenizer, theirs: Any) -> None:
