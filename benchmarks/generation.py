@@ -1,7 +1,8 @@
 """Seconds of greedy generation: 64 tokens after 16, fp32, with a cache; ours against transformers.
 
-Once for one prompt, and once for four of different lengths, padded at the left.  Both sides live in
-one process and generate in turn, after one warm-up each; they must choose the same tokens.
+Once for one prompt, once for four of different lengths, padded at the left, and once for eight of
+one length.  transformers generates as it is and under torch.compile with a static cache.  All sides
+live in one process and take turns, after a warm-up; they must choose the same tokens.
 
     python -m benchmarks.generation               -> results/generation.csv
     columns: batch, side, round, seconds, new_tokens
@@ -21,8 +22,9 @@ from benchmarks.sides import VOCABULARY
 from minigpt import generate, load
 
 PROMPT, NEW = 16, 64
-LENGTHS = {1: (16,), 4: (16, 13, 9, 4)}  # batch size -> real tokens of each prompt
+LENGTHS = {1: (16,), 4: (16, 13, 9, 4), 8: (16,) * 8}  # batch size -> real tokens of each prompt
 PADDING = 0
+COMPILED = f"{THEIRS}, compiled"
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,24 +42,29 @@ def ours(directory: Path) -> Generate:
     return lambda ids, mask: generate(model, ids, NEW, attention_mask=mask, temperature=0)
 
 
-def theirs(directory: Path) -> Generate:
+def theirs(directory: Path, compiled: bool) -> Generate:
     from transformers import GPTNeoForCausalLM
 
     model: Any = GPTNeoForCausalLM.from_pretrained(directory)
     model.generation_config.eos_token_id = None  # like ours: as many tokens as asked for
     model.generation_config.pad_token_id = PADDING
-    return lambda ids, mask: model.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False
-    )
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    if compiled:
+        model.forward = torch.compile(model.forward)
+        settings["cache_implementation"] = "static"
+    return lambda ids, mask: model.generate(ids, attention_mask=mask, **settings)
 
 
 def measure(directory: Path, size: int, rounds: int) -> list[dict[str, object]]:
     """The rows of one batch size."""
-    sides = {OURS: ours(directory), THEIRS: theirs(directory)}
+    sides = {OURS: ours(directory)}
+    sides |= {side: theirs(directory, side == COMPILED) for side in (THEIRS, COMPILED)}
     ids, mask = prompts(size)
-    chosen = {side: generated(ids, mask) for side, generated in sides.items()}  # warm-up
-    if not torch.equal(chosen[OURS], chosen[THEIRS]):
-        raise ValueError(f"batch {size}: the two sides chose different tokens")
+    for _ in range(2):  # warm-up
+        chosen = {side: generated(ids, mask) for side, generated in sides.items()}
+    for side, tokens in chosen.items():
+        if not torch.equal(tokens, chosen[OURS]):
+            raise ValueError(f"batch {size}: {side} chose other tokens")
     rows: list[dict[str, object]] = []
     for i in range(rounds):
         for side, generated in sides.items():

@@ -78,7 +78,7 @@ def their_model(directory: Path, method: str) -> nn.Module:
 def their_step(model: nn.Module) -> Callable[[Tensor], float]:
     """Token ids -> the loss, and an update of what requires a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)  # its quickest form
 
     def step(ids: Tensor) -> float:
         loss = model(input_ids=ids, labels=ids).loss

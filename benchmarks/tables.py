@@ -18,6 +18,7 @@ from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
 from benchmarks.figures import measured_on, provenance
 from benchmarks.methods import FULL, PEFT
 from benchmarks.startup import TORCH
+from benchmarks.training_step import COMPILED_OURS, PRODUCTS
 
 Task = tuple[str, ...]  # what a line of a table measures
 Seconds = Mapping[str, list[float]]  # by side
@@ -68,13 +69,21 @@ class Line:
 
 
 def timed(name: str, rows: Iterable[Mapping[str, str]], minus: str | None = None) -> Line:
-    """Medians of the two sides' `seconds`, less what side `minus` took in the same round."""
+    """Medians of `seconds` of ours and of the quickest form of the other side, eager or compiled,
+    less what side `minus` took in the same round.
+    """
     rounds: dict[str, dict[str, float]] = {}
     for row in rows:
         rounds.setdefault(row["round"], {})[row["side"]] = float(row["seconds"])
-    pairs = [tuple(r[s] - (r[minus] if minus else 0) for s in SIDES) for r in rounds.values()]
-    ours, theirs = (quartiles(seconds)[1] for seconds in zip(*pairs, strict=True))
-    return Line(name, ours, theirs, "s", [a / b for a, b in pairs])
+    seconds = {
+        side: [r[side] - (r[minus] if minus else 0) for r in rounds.values()]
+        for side in next(iter(rounds.values()))
+        if side == OURS or side.startswith(THEIRS)
+    }
+    ours = seconds.pop(OURS)
+    theirs = min(seconds.values(), key=lambda values: quartiles(values)[1])
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Line(name, quartiles(ours)[1], quartiles(theirs)[1], "s", ratios)
 
 
 def training_step(rows: Sequence[Mapping[str, str]]) -> list[Line]:
@@ -95,7 +104,7 @@ def memory(rows: Sequence[Mapping[str, str]], above_imports: bool = False) -> li
 
 
 def generation(rows: Sequence[Mapping[str, str]]) -> list[Line]:
-    titles = {"1": "one prompt", "4": "four prompts, padded"}
+    titles = {"1": "one prompt", "4": "four prompts, padded", "8": "eight prompts"}
     return [timed(titles[b], [r for r in rows if r["batch"] == b]) for b in _values(rows, "batch")]
 
 
@@ -224,6 +233,28 @@ def _by_side(
         seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
         lines.append(_row(line(task, taken, seconds)))
     return "\n\n".join([about, measured_on(facts), "\n".join(lines)])
+
+
+STEPS = """\
+The same step on every side: as it is, and under torch.compile; `products` are the matrix products
+of our step alone.  Medians, and ours over the quickest form of transformers, round by round,
+uncompiled and compiled, and uncompiled over the products."""
+
+
+def every_step(folder: Path) -> str:
+    """A line for each method, a column for each side."""
+
+    def line(task: Task, taken: Sequence[Mapping[str, str]], seconds: Seconds) -> list[str]:
+        cells = [f"{quartiles(s)[1]:.3g} s" if s else "" for s in seconds.values()]
+        others = [s for side, s in seconds.items() if side.startswith(THEIRS)]
+        ratios = _against_best(seconds[OURS], others)
+        if COMPILED_OURS in seconds:
+            ratios += _against_best(seconds[COMPILED_OURS], others)
+            ratios.append(_against_best(seconds[OURS], [seconds[PRODUCTS]])[0])
+        return [TITLES[task[0]], *cells, *ratios]
+
+    more = [f"{OURS} / best", "quartiles", "compiled / best", "quartiles", "/ products"]
+    return _by_side(folder, "training_step", STEPS, ("method",), more, line)
 
 
 NF4 = """\
@@ -358,6 +389,7 @@ def full(folder: Path) -> str:
     for title, facts, lines in sections(folder):
         text += [f"### {title}", "", measured_on(facts), ""]
         text += [table(lines, timed=lines[0].unit == "s"), ""]
+    text += ["### A training step, every side", "", every_step(folder), ""]
     _, peaks = read(folder / "memory.csv")
     text += ["### Peak memory of training above the imports", ""]
     text += [table(memory(peaks, above_imports=True), timed=False), ""]
