@@ -2,18 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-minigpt test-peft-lite lint kernels bench bench-gpu figures mutants clean
+.PHONY: demo test test-minigpt test-others lint kernels bench bench-gpu figures mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
 	$(BIN)/python -m minigpt.commands.demo
 
-test: test-minigpt test-peft-lite     ## the whole suite; `make -j2 test` has a core for each half
+test: test-minigpt test-others        ## the whole suite; `make -j2 test` has a core for each half
 
 test-minigpt: .venv/test
-	$(BIN)/python -m pytest tests --ignore tests/peft_lite --ignore tests/kernels
+	$(BIN)/python -m pytest tests/minigpt
 
-test-peft-lite: .venv/test
-	$(BIN)/python -m pytest tests/peft_lite tests/kernels
+test-others: .venv/test
+	$(BIN)/python -m pytest tests --ignore tests/minigpt
 
 lint: .venv/test          ## style and types
 	$(BIN)/ruff check .

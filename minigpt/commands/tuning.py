@@ -18,7 +18,7 @@ from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
 from minigpt.settings.training import TrainingOptions
 from minigpt.training import loraplus, memory
-from minigpt.training.train import Row, checkpoint_activations, trained
+from minigpt.training.train import Row, checkpoint_activations, compile_states, trained
 from peft_lite import storage
 
 # beside a config.json transformers would look for a whole model
@@ -35,6 +35,7 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
     )
     loraplus_lr_ratio: float | None = option("lora, dora: B learns at X times A's rate", None)
     checkpoint_activations: bool = option("less memory, more time", False)
+    compile: bool = option("quicker steps after a first that takes a minute", False)
 
     def with_rate(self) -> Self:
         """The settings with the method's rate where none is given."""
@@ -56,6 +57,8 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
             )
         if self.checkpoint_activations:
             checkpoint_activations(model.blocks)
+        if self.compile:
+            compile_states(model)
         return handle
 
     def write(

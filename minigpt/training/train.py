@@ -282,6 +282,20 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def compile_states(model: Any) -> None:
+    """Compiles what gives the states before the head, where a gradient is wanted: torch.compile
+    fuses the operations between products.  What only reads the model, such as generation, runs as
+    before, on shapes that change from call to call.
+    """
+    plain, compiled = model.hidden, torch.compile(model.hidden)
+
+    def hidden(*args: Any, **kwargs: Any) -> Tensor:
+        states: Tensor = (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+        return states
+
+    model.hidden = hidden
+
+
 def _autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
