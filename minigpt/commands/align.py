@@ -37,7 +37,7 @@ from minigpt.objectives.pairs import (
     Texts,
     collate_completions,
     collate_texts,
-    preference_accuracy,
+    judged,
     preference_loss,
     reward_scores,
 )
@@ -51,7 +51,7 @@ from minigpt.training import memory
 from minigpt.training.progress import progress_bar, say
 from minigpt.training.rounds import HELDOUT, Prompt, Rounds, Sampler
 from minigpt.training.trackers.follow import tracked
-from minigpt.training.train import Loss, Row, evaluate, train
+from minigpt.training.train import Loss, Row, train
 from peft_lite import report, storage
 from peft_lite.handle import Handle
 
@@ -172,10 +172,8 @@ def learn_pairs(
     loss, heldout = preference_loss(scores), list(rest.consecutive())
 
     def measured(moment: str) -> dict[str, object]:
-        return {
-            f"heldout_loss_{moment}": evaluate(model, loss, heldout, job.settings.bf16),
-            f"preference_accuracy_{moment}": preference_accuracy(model, scores, heldout),
-        }
+        nats, accuracy = judged(model, scores, heldout, job.settings.bf16)
+        return {f"heldout_loss_{moment}": nats, f"preference_accuracy_{moment}": accuracy}
 
     before = measured("before")
     rows = job.train(model, loss, learned, heldout=heldout)
