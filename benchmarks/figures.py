@@ -26,6 +26,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "training_step_gpu.csv": TRAINING,
     "generation.csv": ("minigpt/models", *GENERATION),
     "real_model.csv": (*TRAINING, "minigpt/checkpoints", *GENERATION),
+    "alignment.csv": (*TRAINING, *GENERATION),
     "startup.csv": ("minigpt/__init__.py", "minigpt/models", "minigpt/checkpoints"),
     "lora_linear_cpu.csv": ("kernels",),
     "lora_linear_gpu.csv": ("kernels",),

@@ -34,6 +34,7 @@ SHORT = {
     "info": "",
     "verify": "",
     "study rl-by-enumeration": "--steps 2 --seeds 2",
+    "study three-ways": "--steps 2 --seeds 2 --rounds 2 --judged 2 --sequence-length 64",
     "align": "--steps 2 --batch-size 8 --heldout 0.05",
     "study": f"--steps 2 {BATCH} --seeds 1 --starts 2 --tokens 2 --rounds 2",
 }

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from minigpt.checkpoints.source import find
 from minigpt.data import labelled
+from minigpt.data.conversations import rows_file
 from minigpt.data.tales import text_file
 from minigpt.settings import runs
 from minigpt.settings.checks import check_installed
@@ -36,6 +37,7 @@ STUDIES: Mapping[str, str] = {
     "peft-methods": "003: what each method costs and what it gives, on an encoder",
     "lora-rank": "004: quality of a decoder against the rank of LoRA and the size of the text",
     "qlora": "004: LoRA on weights of 4 bits: what they cost and save, a decoder and an encoder",
+    "three-ways": "004: self-supervised, supervised, by reinforcement; judged by ROUGE",
     "rl-by-enumeration": "004: objectives of reinforcement where every completion can be counted",
 }
 
@@ -113,6 +115,8 @@ def _inputs(settings: Any) -> dict[str, list[Path]]:
     for name in ("text", "text2", "pretraining_text"):
         if source := given.get(name):
             inputs[name] = [text_file(source)]
+    if source := given.get("chat"):
+        inputs["rows"] = [rows_file(source)]
     if data := given.get("data"):
         folder = labelled.BUNDLED if data == "bundled" else Path(data)
         inputs["data"] = sorted([*folder.glob("train.*"), *folder.glob("test.*")])

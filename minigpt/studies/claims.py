@@ -118,7 +118,7 @@ def count(measured: T, quoted: T) -> str:
 
 FREEZING, PARTIAL = "targeted-freezing", "partial-freezing"
 CLIPPING, METHODS, RANK = "clipping-and-schedule", "peft-methods", "lora-rank"
-QLORA, REINFORCEMENT = "qlora", "rl-by-enumeration"
+QLORA, REINFORCEMENT, WAYS = "qlora", "rl-by-enumeration", "three-ways"
 HUB = "needs the published model's weights, which are not part of the project"
 
 CLAIMS: Mapping[str, Claim] = {
@@ -203,6 +203,12 @@ CLAIMS: Mapping[str, Claim] = {
         "004", "on 4-bit weights LoRA on every linear layer learns more than on attention alone",
         "", QLORA),
     "survey.memory": Claim("004", "LoRA on 4-bit weights takes less memory", "", QLORA),
+    "survey.self-supervised": Claim(
+        "004", "a model learns a task from its text alone, self-supervised", "", WAYS),
+    "survey.supervised": Claim(
+        "004", "a model learns a task from labelled pairs, supervised", "", WAYS),
+    "survey.reward": Claim(
+        "004", "reinforcement improves a supervised model further, by its reward", "", WAYS),
     "survey.reinforcement": Claim(
         "004", "a model can be fine-tuned by reinforcement: it gains what the reward asks for", "",
         REINFORCEMENT),

@@ -36,6 +36,7 @@ def learn(
     config: TrainConfig,
     tokens: int,
     probes: Sequence[Probe] = (),
+    dropout: bool = True,
 ) -> list[Row]:
     """Trains the parameters that require a gradient, with a progress bar; a run that was
     interrupted continues where it stopped.
@@ -45,7 +46,11 @@ def learn(
     """
     with progress_bar(title, config.steps, tokens) as observe:
         return train(
-            model, loss, batches, config, folder, resume=True, observe=observe, probes=probes
+            *(model, loss, batches, config, folder),
+            resume=True,
+            observe=observe,
+            probes=probes,
+            dropout=dropout,
         )
 
 
