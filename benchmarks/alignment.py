@@ -157,9 +157,8 @@ def trainer(directory: Path, what: str, folder: str) -> Any:
     import trl  # type: ignore[import-not-found]
 
     logging.disable(logging.WARNING)
-    tokenizer: Any = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.load(NAME).backend, eos_token=END, pad_token=END
-    )
+    kind: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = kind(tokenizer_object=Tokenizer.load(NAME).backend, eos_token=END, pad_token=END)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     lora: Any = peft.LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]

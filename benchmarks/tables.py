@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import clipped_update, lora_tables, nf4, qlora_tables
+from benchmarks.alignment import TRL
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
 from benchmarks.figures import measured_on, provenance
 from benchmarks.methods import FULL, PEFT
@@ -230,7 +231,8 @@ def _by_side(
     lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
     for task in dict.fromkeys(tuple(r[key] for key in keys) for r in rows):
         taken = [r for r in rows if tuple(r[key] for key in keys) == task]
-        seconds = {s: [float(r["seconds"]) for r in taken if r["side"] == s] for s in sides}
+        timed = [r for r in taken if r["seconds"]]
+        seconds = {s: [float(r["seconds"]) for r in timed if r["side"] == s] for s in sides}
         lines.append(_row(line(task, taken, seconds)))
     return "\n\n".join([about, measured_on(facts), "\n".join(lines)])
 
@@ -255,6 +257,28 @@ def every_step(folder: Path) -> str:
 
     more = [f"{OURS} / best", "quartiles", "compiled / best", "quartiles", "/ products"]
     return _by_side(folder, "training_step", STEPS, ("method",), more, line)
+
+
+ALIGNMENT = """\
+A step of supervised fine-tuning (4 x 128 tokens), of DPO (4 pairs of 96 tokens) and of GRPO (8
+completions of 32 tokens after a prompt of 32, drawn in the step) on SmolLM2-135M (Q4_1 weights,
+expanded to fp32) with LoRA, beside trl's trainers.  Medians, and ours over the quickest other side,
+round by round; peak is the most memory of a process after three steps, and that of trl."""
+
+
+def alignment(folder: Path) -> str:
+    """A line for each objective, a column for each side."""
+
+    def line(task: Task, taken: Sequence[Mapping[str, str]], seconds: Seconds) -> list[str]:
+        cells = [f"{quartiles(s)[1]:.3g} s" if s else "" for s in seconds.values()]
+        others = [s for side, s in seconds.items() if side != OURS]
+        peaks = {r["side"]: int(r["peak_bytes"]) for r in taken if r["peak_bytes"]}
+        ours, theirs = peaks[OURS], peaks[TRL]
+        memory = [f"{ours / 1e9:.3g} GB", f"{theirs / 1e9:.3g} GB", f"{ours / theirs:.2f}"]
+        return [*task, *cells, *_against_best(seconds[OURS], others), *memory]
+
+    more = [f"{OURS} / best", "quartiles", "peak", f"peak of {TRL}", "ratio"]
+    return _by_side(folder, "alignment", ALIGNMENT, ("what",), more, line)
 
 
 NF4 = """\
@@ -399,6 +423,7 @@ def full(folder: Path) -> str:
     text += ["### What each method costs", "", COSTS, "", measured_on(facts), ""]
     text += [costs(method_steps, method_bytes)]
     text += ["", "### A pretrained model", "", real_model(folder)]
+    text += ["", "### Preferences and rewards", "", alignment(folder)]
     text += ["", "### A weight of 4 bits", "", four_bits(folder)]
     text += ["", "### QLoRA at seven billion parameters", "", qlora_tables.section(folder)]
     text += ["", "### Clip and update", "", clip_and_update(folder)]
