@@ -223,7 +223,7 @@ def test_a_report_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
 
 WRITE_UPS: dict[str, dict[str, Any]] = {
     "rl-by-enumeration": {"steps": 400},
-    "three-ways": {"steps": 60},
+    "three-ways": {"steps": 300},
     "targeted-freezing": {
         **{"steps": 474, "batch_size": 16, "sequence_length": 256, "lr": 5e-4},
         **{"weight_decay": 0.01, "popular": 100, "starts": 10, "tokens": 100},
