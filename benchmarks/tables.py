@@ -245,15 +245,18 @@ uncompiled and compiled, and uncompiled over the products."""
 
 def every_step(folder: Path) -> str:
     """A line for each method, a column for each side."""
+    if all(row["side"] != COMPILED_OURS for row in read(folder / "training_step.csv")[1]):
+        return "Not measured yet: `python -m benchmarks.training_step` does."
 
     def line(task: Task, taken: Sequence[Mapping[str, str]], seconds: Seconds) -> list[str]:
-        cells = [f"{quartiles(s)[1]:.3g} s" if s else "" for s in seconds.values()]
         others = [s for side, s in seconds.items() if side.startswith(THEIRS)]
-        ratios = _against_best(seconds[OURS], others)
-        if COMPILED_OURS in seconds:
-            ratios += _against_best(seconds[COMPILED_OURS], others)
-            ratios.append(_against_best(seconds[OURS], [seconds[PRODUCTS]])[0])
-        return [TITLES[task[0]], *cells, *ratios]
+        return [
+            TITLES[task[0]],
+            *(f"{quartiles(s)[1]:.3g} s" for s in seconds.values()),
+            *_against_best(seconds[OURS], others),
+            *_against_best(seconds[COMPILED_OURS], others),
+            _against_best(seconds[OURS], [seconds[PRODUCTS]])[0],
+        ]
 
     more = [f"{OURS} / best", "quartiles", "compiled / best", "quartiles", "/ products"]
     return _by_side(folder, "training_step", STEPS, ("method",), more, line)
@@ -263,7 +266,8 @@ ALIGNMENT = """\
 A step of supervised fine-tuning (4 x 128 tokens), of DPO (4 pairs of 96 tokens) and of GRPO (8
 completions of 32 tokens after a prompt of 32, drawn in the step) on SmolLM2-135M (Q4_1 weights,
 expanded to fp32) with LoRA, beside trl's trainers.  Medians, and ours over the quickest other side,
-round by round; peak is the most memory of a process after three steps, and that of trl."""
+round by round; peak is the most memory of a process after three steps, and that of trl.  What has
+no line is not measured yet."""
 
 
 def alignment(folder: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import fresh, read, write, write_each
-from benchmarks.tables import clip_and_update
+from benchmarks.tables import clip_and_update, every_step, training_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,3 +110,27 @@ def until(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.05)
+
+
+def test_ours_is_compared_with_the_quickest_form_of_the_peer(tmp_path: Path) -> None:
+    seconds = {
+        "minigpt": 2.0,
+        "minigpt, compiled": 1.0,
+        "transformers": 5.0,
+        "transformers, compiled": 4.0,
+        "products": 0.5,
+    }
+    path = tmp_path / "training_step.csv"
+    whole = [
+        {"method": "lora", "side": side, "round": i, "seconds": time}
+        for i in (1, 2)
+        for side, time in seconds.items()
+    ]
+    write(path, 2, [row for row in whole if "compiled" not in str(row["side"])])
+    assert every_step(tmp_path).startswith("Not measured yet")
+    write(path, 2, whole)
+    line = every_step(tmp_path).splitlines()[-1]
+    ratios = ["0.50", "0.50 to 0.50", "0.25", "0.25 to 0.25", "4.00"]
+    assert line.split(" | ")[-5:] == [*ratios[:-1], "4.00 |"]
+    (short,) = training_step(read(path)[1])
+    assert (short.ours, short.theirs) == (2.0, 4.0)
