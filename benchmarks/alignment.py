@@ -32,8 +32,8 @@ from torch import Tensor
 
 from benchmarks.common import OURS, fresh, options, write_each
 from benchmarks.real_model import NAME, checkpoint, text
-from benchmarks.sides import LR
-from minigpt import TrainConfig, load
+from benchmarks.sides import LR, our_step, shifted
+from minigpt import load
 from minigpt.data.text import IGNORED, Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
@@ -43,12 +43,12 @@ from minigpt.objectives.reinforcement import REINFORCEMENTS, Options
 from minigpt.settings.methods import MethodOptions, attach
 from minigpt.training import memory
 from minigpt.training.rounds import Prompt, Rounds, Sampler
-from minigpt.training.train import Loss, trained, training_step
-from minigpt_kernels import ClippedAdamW
+from minigpt.training.train import Loss, trained
 from peft_lite import Handle
 
 TRL = "trl"
 COMPILED = f"{TRL}, compiled"
+WHAT = ("sft", "dpo", "grpo")
 WARM_UP, MEMORY_STEPS = 2, 3
 BETA_DPO, BETA_GRPO = 0.1, 0.04
 ROWS, LENGTH, LABELLED = 4, 128, 64
@@ -105,9 +105,6 @@ def adapted(directory: Path) -> tuple[Any, Handle]:
 
 def ours(directory: Path, what: str) -> Step:
     model, handle = adapted(directory)
-    model.train()
-    settings = TrainConfig(steps=1, lr=LR, schedule="constant")
-    optimizer = ClippedAdamW(trained(model).values(), LR, weight_decay=settings.weight_decay)
     batches: Callable[[int], Batch]
     loss: Loss
     if what == "sft":
@@ -121,14 +118,12 @@ def ours(directory: Path, what: str) -> Step:
         chosen = Options(beta=BETA_GRPO, kl="k3", generations=GROUP)
         batches = our_rounds(model, handle, chosen)
         loss = partial(objective.loss, options=chosen)
-    return lambda i: training_step(model, loss, [batches(i)], optimizer, settings, 0)["loss"]
+    return our_step(model, loss, batches)
 
 
 def our_sft_batch(i: int) -> Batch:
     tokens, labels = sft_batch(i)
-    shifted = torch.full_like(labels, IGNORED)
-    shifted[:, :-1] = labels[:, 1:]
-    return {"input_ids": tokens, "labels": shifted}
+    return {"input_ids": tokens, "labels": shifted(labels)}
 
 
 def our_rounds(model: Any, handle: Handle, chosen: Options) -> Rounds:
@@ -297,8 +292,6 @@ def main() -> None:
                 measures[f"{what} peak {side}"] = partial(run, peak, directory, what, side)
         write_each(given.out / "alignment.csv", given.threads, measures)
 
-
-WHAT = ("sft", "dpo", "grpo")
 
 if __name__ == "__main__":
     main()

@@ -34,6 +34,7 @@ from benchmarks.figures import origin
 
 OURS, THEIRS = "minigpt", "transformers"
 SIDES = (OURS, THEIRS)
+COMPILED = f"{THEIRS}, compiled"  # the other side under torch.compile
 RESULTS = Path(__file__).parent / "results"
 
 P = ParamSpec("P")

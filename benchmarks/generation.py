@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write_each
-from benchmarks.sides import VOCABULARY
+from benchmarks.common import COMPILED, OURS, THEIRS, checkpoint, fresh, options, write_each
+from benchmarks.sides import PADDING, VOCABULARY, their_generation
 from minigpt import generate, load
 
 PROMPT, NEW = 16, 64
 LENGTHS = {1: (16,), 4: (16, 13, 9, 4), 8: (16,) * 8}  # batch size -> real tokens of each prompt
-PADDING = 0
-COMPILED = f"{THEIRS}, compiled"
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,13 +44,8 @@ def theirs(directory: Path, compiled: bool) -> Generate:
     from transformers import GPTNeoForCausalLM
 
     model: Any = GPTNeoForCausalLM.from_pretrained(directory)
-    model.generation_config.eos_token_id = None  # like ours: as many tokens as asked for
-    model.generation_config.pad_token_id = PADDING
-    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-    if compiled:
-        model.forward = torch.compile(model.forward)
-        settings["cache_implementation"] = "static"
-    return lambda ids, mask: model.generate(ids, attention_mask=mask, **settings)
+    generated = their_generation(model, NEW, compiled)
+    return lambda ids, mask: generated(ids, attention_mask=mask)
 
 
 def measure(directory: Path, size: int, rounds: int) -> list[dict[str, object]]:

@@ -12,8 +12,6 @@ out; the bytes of the file that is saved.
     columns: method, side, trainable, before_model_bytes, peak_bytes, saved_bytes, file_bytes
 """
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 
 import peft_lite
 from benchmarks.common import OURS, checkpoint, fresh, options, write_each
-from benchmarks.sides import LR, batch, config, tokens
+from benchmarks.sides import LR, batch, config, in_turn, tokens
 from minigpt import load
 from minigpt.data.text import IGNORED
 from minigpt.models.architecture import Decoder
@@ -112,17 +110,10 @@ def time_steps(directory: Path, method: str, rounds: int) -> list[dict[str, obje
     rows: list[dict[str, object]] = []
 
     def others_turn(ours: Row) -> None:
-        number = int(ours["step"])
-        turn = [(OURS, ours["seconds"], ours["loss"])]
-        for side, step in others.items():
-            begin = time.perf_counter()
-            loss = step(number - 1)
-            turn.append((side, time.perf_counter() - begin, loss))
-            if side == PEFT and not math.isclose(loss, ours["loss"], rel_tol=TOLERANCE):
-                raise ValueError(f"{method}, step {number}: {ours['loss']} here, {loss} in peft")
-        for side, seconds, loss in turn:
-            row = {"method": method, "side": side, "round": number - WARM_UP}
-            if number > WARM_UP:
+        turn = in_turn(ours, others, {PEFT: TOLERANCE})
+        if (number := int(ours["step"]) - WARM_UP) > 0:
+            for side, (seconds, loss) in turn.items():
+                row = {"method": method, "side": side, "round": number}
                 rows.append({**row, "seconds": seconds, "loss": loss})
 
     train(model, language_model_loss, batch, config(WARM_UP + rounds), observe=others_turn)

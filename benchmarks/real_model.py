@@ -12,7 +12,6 @@ cache in generation.  Losses must agree, and in fp32 the tokens, too.
     columns: what, dtype, side, round, seconds, peak_bytes
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,18 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import OURS, THEIRS, fresh, options, write_each
-from benchmarks.sides import LR, their_step
+from benchmarks.common import COMPILED, OURS, THEIRS, fresh, options, write_each
+from benchmarks.sides import LR, in_turn, shifted, their_generation, their_step
 from minigpt import TrainConfig, generate, load
 from minigpt.data.tales import text_of
-from minigpt.data.text import IGNORED, Batch
+from minigpt.data.text import Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
 from minigpt.settings.methods import MethodOptions, attach
 from minigpt.training import memory
 from minigpt.training.train import Row, train
 
-COMPILED = f"{THEIRS}, compiled"
 SIDES = (OURS, THEIRS, COMPILED)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LENGTH, PROMPT, NEW = 128, 16, 64
@@ -59,9 +57,7 @@ def tokens(i: int, rows: int = 4, length: int = LENGTH) -> Tensor:
 
 def batch(i: int) -> Batch:
     ids = tokens(i)
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, :-1] = ids[:, 1:]
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": shifted(ids)}
 
 
 def their_model(directory: Path, dtype: torch.dtype) -> Any:
@@ -80,29 +76,22 @@ def train_steps(directory: Path, dtype: str, rounds: int) -> list[dict[str, obje
     lora: Any = peft.LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
     )
-    others: dict[str, Callable[[Tensor], float]] = {}
+    others: dict[str, Callable[[int], float]] = {}
     for side in (THEIRS, COMPILED):
         other: Any = peft.get_peft_model(their_model(directory, torch.float32), lora).train()
         peft.set_peft_model_state_dict(other, handle.state())
         compiled: Any = torch.compile(other)
-        step = their_step(compiled if side == COMPILED else other)
-        others[side] = _autocast(step) if dtype == "bf16" else step
+        others[side] = _on_tokens(their_step(compiled if side == COMPILED else other), dtype)
+    tolerance = dict.fromkeys(others, 1e-3 if dtype == "fp32" else 2e-2)
     rows: list[dict[str, object]] = []
 
     def turns(ours: Row) -> None:
-        number = int(ours["step"])
-        seconds = {OURS: ours["seconds"]}
-        for side, step in others.items():
-            begin = time.perf_counter()
-            loss = step(tokens(number - 1))
-            seconds[side] = time.perf_counter() - begin
-            if not math.isclose(loss, ours["loss"], rel_tol=1e-3 if dtype == "fp32" else 2e-2):
-                raise ValueError(f"step {number}: loss {ours['loss']} here, {loss} in {side}")
-        if number > WARM_UP:
+        turn = in_turn(ours, others, tolerance)
+        if (number := int(ours["step"]) - WARM_UP) > 0:
             rows.extend(
-                {"what": "train", "dtype": dtype, "side": side, "round": number - WARM_UP,
-                 "seconds": s, "peak_bytes": ""}
-                for side, s in seconds.items()
+                {"what": "train", "dtype": dtype, "side": side, "round": number,
+                 "seconds": seconds, "peak_bytes": ""}
+                for side, (seconds, _) in turn.items()
             )  # fmt: skip
 
     bf16 = dtype == "bf16"
@@ -111,12 +100,14 @@ def train_steps(directory: Path, dtype: str, rounds: int) -> list[dict[str, obje
     return rows
 
 
-def _autocast(step: Callable[[Tensor], float]) -> Callable[[Tensor], float]:
-    def inside(ids: Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16):
-            return step(ids)
+def _on_tokens(step: Callable[[Tensor], float], dtype: str) -> Callable[[int], float]:
+    """Number of a batch -> the loss, in bf16 under autocast."""
 
-    return inside
+    def run(i: int) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            return step(tokens(i))
+
+    return run
 
 
 def generations(directory: Path, dtype: str, size: int, rounds: int) -> list[dict[str, object]]:
@@ -127,13 +118,7 @@ def generations(directory: Path, dtype: str, size: int, rounds: int) -> list[dic
     }
     for side in (THEIRS, COMPILED):
         model = their_model(directory, DTYPES[dtype])
-        settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        if side == COMPILED:
-            model.forward = torch.compile(model.forward)
-            settings["cache_implementation"] = "static"
-        sides[side] = partial(model.generate, **settings)
+        sides[side] = their_generation(model, NEW, side == COMPILED)
     ids = tokens(0, size, PROMPT)
     chosen = {side: writes(ids) for side, writes in sides.items()}  # warm-up
     chosen = {side: writes(ids) for side, writes in sides.items()}

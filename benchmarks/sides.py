@@ -5,22 +5,29 @@ fp32) with AdamW and the gradient norm clipped to 1.  Ours is `minigpt.train`, w
 also checks and records the norm; theirs is the loop that a user of the library writes.
 """
 
+import math
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import OURS
 from minigpt import TrainConfig, load
 from minigpt.data.text import IGNORED, Batch
 from minigpt.models.architecture import Decoder
 from minigpt.settings.methods import MethodOptions, attach
+from minigpt.training.train import Loss, Row, trained, training_step
+from minigpt_kernels import ClippedAdamW
 from peft_lite import Handle
 
 BATCH, LENGTH, VOCABULARY = 4, 128, 50257
 LR = 1e-4
+PADDING = 0
 
 METHODS = {
     "full": MethodOptions(method="full"),
@@ -42,11 +49,16 @@ def tokens(i: int) -> Tensor:
 
 
 def batch(i: int) -> Batch:
-    """The same for us: labels shifted by the data, where transformers shifts them in its loss."""
+    """The same for us."""
     ids = tokens(i)
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, :-1] = ids[:, 1:]
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": shifted(ids)}
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Labels (B, T) as our data has them, beside the token before; transformers' loss shifts."""
+    ours = torch.full_like(labels, IGNORED)
+    ours[:, :-1] = labels[:, 1:]
+    return ours
 
 
 def config(steps: int) -> TrainConfig:
@@ -75,6 +87,16 @@ def their_model(directory: Path, method: str) -> nn.Module:
     return model.train()
 
 
+def our_step(
+    model: nn.Module, loss: Loss, batches: Callable[[int], Batch]
+) -> Callable[[int], float]:
+    """Number of a batch -> its loss, by `minigpt.train`'s step outside its loop."""
+    settings = config(1)
+    optimizer = ClippedAdamW(trained(model).values(), LR, weight_decay=settings.weight_decay)
+    model.train()
+    return lambda i: training_step(model, loss, [batches(i)], optimizer, settings, 0)["loss"]
+
+
 def their_step(model: nn.Module) -> Callable[[Tensor], float]:
     """Token ids -> the loss, and an update of what requires a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -89,3 +111,39 @@ def their_step(model: nn.Module) -> Callable[[Tensor], float]:
         return loss.item()
 
     return step
+
+
+def their_generation(model: Any, new: int, compiled: bool) -> Callable[..., Tensor]:
+    """The greedy generation of `new` tokens by a model of transformers, as many as asked for; under
+    torch.compile with a static cache.
+    """
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PADDING
+    settings: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}
+    if compiled:
+        model.forward = torch.compile(model.forward)
+        settings["cache_implementation"] = "static"
+    return partial(model.generate, **settings)
+
+
+def in_turn(
+    ours: Row, others: Mapping[str, Callable[[int], float]], tolerance: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """Seconds and loss of a step of each side: of ours as its loop reports it, then of the others,
+    which get the number of the same batch.
+
+    Args:
+        tolerance: side -> relative difference that its loss may have; others are not compared.
+
+    Raises:
+        ValueError: a loss differs by more.
+    """
+    turn = {OURS: (ours["seconds"], ours["loss"])}
+    number = int(ours["step"])
+    for side, step in others.items():
+        begin = time.perf_counter()
+        loss = step(number - 1)
+        turn[side] = (time.perf_counter() - begin, loss)
+        if not math.isclose(loss, ours["loss"], rel_tol=tolerance.get(side, math.inf)):
+            raise ValueError(f"step {number}: loss {ours['loss']} here, {loss} in {side}")
+    return turn

@@ -10,33 +10,32 @@ included, and their losses must agree.
     columns: method, side, round, seconds, loss
 """
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import OURS, THEIRS, checkpoint, fresh, options, write_each
+from benchmarks.common import COMPILED, OURS, THEIRS, checkpoint, fresh, options, write_each
 from benchmarks.products import Products
 from benchmarks.sides import (
-    LR,
     METHODS,
     batch,
     config,
+    in_turn,
     our_model,
+    our_step,
     their_model,
     their_step,
     tokens,
 )
 from minigpt.objectives.causal import language_model_loss
-from minigpt.training.train import Row, train, trained, training_step
-from minigpt_kernels import ClippedAdamW
+from minigpt.training.train import Row, compile_states, train
 
-COMPILED_OURS, COMPILED = f"{OURS}, compiled", f"{THEIRS}, compiled"
+COMPILED_OURS = f"{OURS}, compiled"
 PRODUCTS = "products"
 WARM_UP = 3
 TOLERANCE = 1e-4  # relative difference of the losses, at every step
@@ -47,58 +46,37 @@ def measure(directory: Path, method: str, rounds: int) -> list[dict[str, object]
     model, handle = our_model(directory, method)
     twin, _ = our_model(directory, method)
     twin.load_state_dict(model.state_dict())
-    twin.hidden = torch.compile(twin.hidden)  # type: ignore[method-assign]
-    others: dict[str, Callable[[int], float]] = {COMPILED_OURS: our_step(twin)}
+    compile_states(twin)
+    others = {COMPILED_OURS: our_step(twin, language_model_loss, batch)}
     for side in (THEIRS, COMPILED):
         other = their_model(directory, method)
         check_trainable(model, other)
         if handle is not None and method != "frozen":
             copy_adapter(handle.state(), other)
-        run: Any = torch.compile(other) if side == COMPILED else other
-        others[side] = partial(_on_tokens, their_step(run))
+        run = cast(nn.Module, torch.compile(other)) if side == COMPILED else other
+        others[side] = _on_tokens(their_step(run))
     with Products() as products:
         language_model_loss(model, batch(0)).backward()
     model.zero_grad()
     rows: list[dict[str, object]] = []
 
     def turns(ours: Row) -> None:
-        number = int(ours["step"])
-        turn = {OURS: (ours["seconds"], ours["loss"])}
-        for side, step in others.items():
-            begin = time.perf_counter()
-            loss = step(number - 1)
-            turn[side] = (time.perf_counter() - begin, loss)
-            if not math.isclose(loss, ours["loss"], rel_tol=TOLERANCE):
-                raise ValueError(
-                    f"{method}, step {number}: loss {ours['loss']} here, {loss} in {side}"
-                )
+        turn = in_turn(ours, others, dict.fromkeys(others, TOLERANCE))
         begin = time.perf_counter()
         products.run()
-        seconds = time.perf_counter() - begin
-        if number > WARM_UP:
-            row = {"method": method, "round": number - WARM_UP}
-            rows.extend(
-                {**row, "side": side, "seconds": seconds, "loss": loss}
-                for side, (seconds, loss) in turn.items()
-            )
-            rows.append({**row, "side": PRODUCTS, "seconds": seconds, "loss": ""})
+        floor = time.perf_counter() - begin
+        if (number := int(ours["step"]) - WARM_UP) > 0:
+            row = {"method": method, "round": number}
+            for side, (seconds, loss) in turn.items():
+                rows.append({**row, "side": side, "seconds": seconds, "loss": loss})
+            rows.append({**row, "side": PRODUCTS, "seconds": floor, "loss": ""})
 
     train(model, language_model_loss, batch, config(WARM_UP + rounds), observe=turns)
     return rows
 
 
-def our_step(model: nn.Module) -> Callable[[int], float]:
-    """Number of a batch -> the loss; `minigpt.train`'s step, called from outside its loop."""
-    settings = config(1)
-    optimizer = ClippedAdamW(trained(model).values(), LR, weight_decay=settings.weight_decay)
-    model.train()
-    return lambda i: training_step(
-        model, language_model_loss, [batch(i)], optimizer, settings, t=0
-    )["loss"]
-
-
-def _on_tokens(step: Callable[[Tensor], float], number: int) -> float:
-    return step(tokens(number))
+def _on_tokens(step: Callable[[Tensor], float]) -> Callable[[int], float]:
+    return lambda i: step(tokens(i))
 
 
 def check_trainable(ours: nn.Module, theirs: nn.Module) -> None:

@@ -37,7 +37,7 @@ from minigpt.objectives.pairs import (
     Texts,
     collate_completions,
     collate_texts,
-    judged,
+    loss_and_accuracy,
     preference_loss,
     reward_scores,
 )
@@ -172,7 +172,7 @@ def learn_pairs(
     loss, heldout = preference_loss(scores), list(rest.consecutive())
 
     def measured(moment: str) -> dict[str, object]:
-        nats, accuracy = judged(model, scores, heldout, job.settings.bf16)
+        nats, accuracy = loss_and_accuracy(model, scores, heldout, job.settings.bf16)
         return {f"heldout_loss_{moment}": nats, f"preference_accuracy_{moment}": accuracy}
 
     before = measured("before")

@@ -35,7 +35,9 @@ class TuningOptions(MethodOptions, TrainingOptions, DeviceOption):
     )
     loraplus_lr_ratio: float | None = option("lora, dora: B learns at X times A's rate", None)
     checkpoint_activations: bool = option("less memory, more time", False)
-    compile: bool = option("quicker steps after a first that takes a minute", False)
+    compile: bool = option(
+        "fuse what stands between products, by torch.compile; the first step takes a minute", False
+    )
 
     def with_rate(self) -> Self:
         """The settings with the method's rate where none is given."""

@@ -128,7 +128,7 @@ def preference_loss(scores: Scores) -> Callable[[Any, Batch], Tensor]:
 
 
 @torch.no_grad()
-def judged(
+def loss_and_accuracy(
     model: Model, scores: Scores, batches: Iterable[Batch], bf16: bool = False
 ) -> tuple[float, float]:
     """Of all pairs the mean loss in nats, without dropout, and the share whose preferred completion

@@ -13,7 +13,7 @@ begins a text, the tokenizer does not add another.
 Shapes:  n tokens of a row   T time
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -81,6 +81,11 @@ def answer(
     ends = sorted({*ends})
     (out,) = generate(model, prompt, new, temperature=0.0, eos_token_id=ends).tolist()
     told = out[len(ids) :]
-    stop = next((i for i, token in enumerate(told) if token in ends), len(told))
+    stop = len(before_end(told, ends))
     # a token may show only beside those before it how it is written
     return tokenizer.decode(out[: len(ids) + stop])[len(tokenizer.decode(ids)) :].strip()
+
+
+def before_end(ids: Sequence[int], ends: Collection[int]) -> Sequence[int]:
+    """What was generated, without the first token that ends it and what follows."""
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]

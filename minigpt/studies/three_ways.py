@@ -14,7 +14,7 @@ model that the way started from.
 The write-up is a survey without an experiment, so its claims quote no figures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ from minigpt.objectives.causal import language_model_loss
 from minigpt.objectives.reference import Reference
 from minigpt.objectives.reinforcement import REINFORCEMENTS, Options
 from minigpt.objectives.rewards import rouge_l
-from minigpt.objectives.supervised import ends_of, example
+from minigpt.objectives.supervised import before_end, ends_of, example
 from minigpt.settings import methods
 from minigpt.settings.checks import check_heldout
 from minigpt.settings.methods import MethodOptions
@@ -121,7 +121,7 @@ class Task:
     answers: list[Example]
     learned: list[Prompt]
     judged: list[Prompt]
-    text: Any
+    text: Callable[[Sequence[int], Sequence[int]], str]
     ends: set[int]
     dropped: int
 
@@ -273,10 +273,8 @@ def judge(
                 eos_token_id=sorted(task.ends),
             )
         for p, row in zip(asked, out[:, ids.size(1) :].tolist(), strict=True):
-            stop = next((i for i, token in enumerate(row) if token in task.ends), len(row))
-            for kind, shares in score(
-                task.text(p.ids, row[:stop]), p.fields[ANSWER], KINDS
-            ).items():
+            text = task.text(p.ids, before_end(row, task.ends))
+            for kind, shares in score(text, p.fields[ANSWER], KINDS).items():
                 found[kind].append(shares.f)
     drawn = sampler(model, handle, task, settings).measure(task.judged, [seed])
     means = {kind: fmean(values) for kind, values in found.items()}
@@ -340,21 +338,19 @@ def findings(m: Measured) -> list[Finding]:
     """The verdicts."""
     s = m.settings
     on = ran_on(s.model, [s.chat], s.seeds, m.weights)
+    likely = "the most likely answers, above the start's"
+    drawn = "answers drawn at temperature 1, above the supervised model's"
     compared = {
-        "survey.self-supervised": (SELF, START, "rougeL"),
-        "survey.supervised": (SUPERVISED, START, "rougeL"),
-        "survey.reward": (REINFORCED, SUPERVISED, "reward"),
+        "survey.self-supervised": (SELF, START, "rougeL", likely),
+        "survey.supervised": (SUPERVISED, START, "rougeL", likely),
+        "survey.reward": (REINFORCED, SUPERVISED, "reward", drawn),
     }
-    notes = {
-        "survey.self-supervised": "ROUGE-L of the most likely answers, above the start's",
-        "survey.supervised": "ROUGE-L of the most likely answers, above the start's",
-        "survey.reward": "ROUGE-L of answers drawn at temperature 1, above the supervised model's",
-    }
-    return [
-        Finding(claim, shown(gain), above(gain, s.seeds), on, notes[claim])
-        for claim, what in compared.items()
-        for gain in [m.gain(*what)]
-    ]
+    found = []
+    for claim, (way, before, name, what) in compared.items():
+        gain = m.gain(way, before, name)
+        verdict = above(gain, s.seeds)
+        found.append(Finding(claim, shown(gain), verdict, on, f"ROUGE-L of {what}"))
+    return found
 
 
 def tables(m: Measured) -> list[Table]:
@@ -386,17 +382,17 @@ STYLES = dict(zip((START, *WAYS), ({"color": "#6b6b6b"}, FULL, FROZEN, *OTHERS),
 
 def draw(m: Measured, figures: Figures) -> None:
     """ROUGE and the reward of each way."""
-    shown_names = {**{kind: kind for kind in KINDS}, "reward": "reward"}
+    names = (*KINDS, "reward")
     with figures.add(
         "ways.png",
         "ROUGE F of the most likely answers, and the reward, ROUGE-L of drawn ones, on rows held "
         "out; means over seeds with Student's interval.",
         height=4.2,
     ) as axes:
-        for i, name in enumerate(shown_names):
+        for i, name in enumerate(names):
             for j, way in enumerate((START, *WAYS)):
                 label = {"label": way} if i == 0 else {}
                 bar(axes, 2 * i + 0.4 * j, m.mean(way, name), color=STYLES[way]["color"], **label)
-        axes.set_xticks([2 * i + 0.6 for i in range(len(shown_names))], list(shown_names.values()))
+        axes.set_xticks([2 * i + 0.6 for i in range(len(names))], names)
         axes.set(ylabel="F")
         axes.legend()

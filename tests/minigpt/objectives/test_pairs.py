@@ -18,7 +18,7 @@ from minigpt.objectives.pairs import (
     Texts,
     collate_completions,
     collate_texts,
-    judged,
+    loss_and_accuracy,
     preference_loss,
     reward_scores,
 )
@@ -94,10 +94,13 @@ def test_dpo_starts_at_ln_2_whatever_the_dropout(method: str) -> None:
     assert rows[-1]["loss"] < 0.3
     whole = [collate_completions(PAIRS)]
     model.eval()
-    nats, accuracy = judged(model, scores, whole)
+    nats, accuracy = loss_and_accuracy(model, scores, whole)
     assert accuracy == 1.0
     assert nats == pytest.approx(float(preference_loss(scores)(model, whole[0]).detach()))
-    assert judged(model, scores, list(batches.consecutive())) == (pytest.approx(nats), 1.0)
+    assert loss_and_accuracy(model, scores, list(batches.consecutive())) == (
+        pytest.approx(nats),
+        1.0,
+    )
 
 
 def test_accuracy_counts_equal_scores_half() -> None:
@@ -108,7 +111,10 @@ def test_accuracy_counts_equal_scores_half() -> None:
     reference = Reference(model, "full")
     batches = list(Pairs(PAIRS, 2, 0, collate_completions).consecutive())
     assert [len(batch["labels"]) for batch in batches] == [2, 1]
-    assert judged(model, Dpo(0.1, reference, handle), batches) == (pytest.approx(math.log(2)), 0.5)
+    assert loss_and_accuracy(model, Dpo(0.1, reference, handle), batches) == (
+        pytest.approx(math.log(2)),
+        0.5,
+    )
 
 
 def test_each_epoch_has_every_pair_once() -> None:
