@@ -88,6 +88,8 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 short = [] if given.get("list") else SHORT[max(known_as, key=len)].split()
                 assert cli.main([*words, *short]) == 0, line
             else:
+                if words[0] == "finetune" and given.get("chat"):
+                    made.add(f"{given['out']}/heldout.jsonl")  # the command writes it
                 known = page.parent.name == "studies" or page.name == "smollm2.md"
                 assert known, f"{line}: needs {foreign}"
 

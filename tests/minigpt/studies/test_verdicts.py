@@ -18,7 +18,8 @@ COUNTED = {
     *("partial.optimizer", "clipping.count", "clipping.rates", "clipping.measure"),
     *("methods.lora-count", "rank.count", "survey.double-quantization"),
 }
-LEAST = {"lora-rank": 2, "peft-methods": 3, "qlora": 2}  # seeds without which the study is refused
+# seeds without which the study is refused
+LEAST = {"lora-rank": 2, "peft-methods": 3, "qlora": 2, "three-ways": 2}
 UNDECIDED = {  # what the answer says when nothing is known about the direction
     "targeted-freezing": "which fell further is not decided",
     "partial-freezing": "it is not decided whether less is forgotten",
@@ -26,6 +27,7 @@ UNDECIDED = {  # what the answer says when nothing is known about the direction
     "peft-methods": "not clearly",
     "lora-rank": "not clearly",
     "qlora": "not clearly",
+    "three-ways": "not clearly",
 }
 JITTER = 1e-4
 
