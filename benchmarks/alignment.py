@@ -42,8 +42,9 @@ from minigpt.objectives.reference import Reference
 from minigpt.objectives.reinforcement import REINFORCEMENTS, Options
 from minigpt.settings.methods import MethodOptions, attach
 from minigpt.training import memory
+from minigpt.training.parallel import trained
 from minigpt.training.rounds import Prompt, Rounds, Sampler
-from minigpt.training.train import Loss, trained
+from minigpt.training.train import Loss
 from peft_lite import Handle
 
 TRL = "trl"

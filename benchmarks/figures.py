@@ -36,6 +36,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "nf4.csv": ("kernels",),
     "qlora.csv": (*TRAINING, "minigpt/checkpoints"),
     "qlora_four_layers.csv": (*TRAINING, "minigpt/checkpoints"),
+    "parallel.csv": TRAINING,
     "probe.csv": (),  # of the machine, not of this project's code
 }
 

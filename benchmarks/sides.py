@@ -21,7 +21,8 @@ from minigpt import TrainConfig, load
 from minigpt.data.text import IGNORED, Batch
 from minigpt.models.architecture import Decoder
 from minigpt.settings.methods import MethodOptions, attach
-from minigpt.training.train import Loss, Row, trained, training_step
+from minigpt.training.parallel import trained
+from minigpt.training.train import Loss, Row, training_step
 from minigpt_kernels import ClippedAdamW
 from peft_lite import Handle
 

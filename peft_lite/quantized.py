@@ -66,12 +66,42 @@ class QuantizedLinear(nn.Linear):
     @property
     def quantized(self) -> nf4.Quantized:
         """The weight in 4 bits."""
-        shape = torch.Size((self.out_features, self.in_features))
-        return nf4.Quantized(
-            self.weight.data,
-            *(self.scales, self.scales_of_scales, self.offset),
-            *(shape, self.dense_dtype, self.block),
+        N, K = self.out_features, self.in_features
+        codes, blocks = (N * K + 1) // 2, math.ceil(N * K / self.block)
+        scales, nested = self.scales, self.scales_of_scales
+        return nf4.Quantized(  # the last row of `to_rows` may be longer than what it holds
+            self.weight.data.view(-1)[:codes],
+            scales.detach().view(-1)[:blocks],
+            nested if nested is None else nested.detach(),
+            *(self.offset, torch.Size((N, K)), self.dense_dtype, self.block),
         )
+
+    def to_rows(self) -> None:
+        """Stores codes and scales as parameters, in rows of 256 blocks, the last one filled up with
+        zeros.  So whole rows, however they are dealt out, are whole blocks with their scales.
+
+        weight (rows, 256 * block / 2), scales (rows, 256), scales_of_scales (rows)
+        """
+        rows = math.ceil(self.out_features * self.in_features / self.block / nf4.SCALE_BLOCK)
+        for name in ("weight", "scales", "scales_of_scales"):
+            t: Tensor | None = getattr(self, name)
+            if t is None:
+                continue
+            width = {"weight": self.block // 2}.get(name, 1) * nf4.SCALE_BLOCK
+            if name != "scales_of_scales":
+                t = F.pad(t.data, (0, rows * width - t.numel())).view(rows, width)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(t, requires_grad=False))
+
+    def to_line(self) -> None:
+        """Undoes `to_rows`."""
+        it = self.quantized
+        self.weight = nn.Parameter(it.packed.clone(), requires_grad=False)
+        for name in ("scales", "scales_of_scales"):
+            t: Tensor | None = getattr(it, name)
+            if t is not None:
+                delattr(self, name)
+                self.register_buffer(name, t.clone())
 
     @property
     def dense_dtype(self) -> torch.dtype:

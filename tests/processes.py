@@ -3,8 +3,9 @@ has imported PyTorch, and starts in hundredths of a second.
 """
 
 import os
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +19,21 @@ class Command:
     Args:
         printed: a folder for what it prints.
         file_bytes: no file may grow beyond it.
+        environment: variables that it gets besides.
     """
 
     def __init__(
-        self, arguments: Sequence[str], printed: Path, file_bytes: int | None = None
+        self,
+        arguments: Sequence[str],
+        printed: Path,
+        file_bytes: int | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         served = get_context("forkserver")
         served.set_forkserver_preload(PRELOADED)
         self.files = (printed / "stdout", printed / "stderr")
-        self.process = served.Process(target=run, args=(arguments, *self.files, file_bytes))
+        given = (arguments, *self.files, file_bytes, environment or {})
+        self.process = served.Process(target=run, args=given)
         self.process.start()
 
     @property
@@ -56,8 +63,53 @@ class Command:
         self.process.join()
 
 
-def run(arguments: Sequence[str], out: Path, err: Path, file_bytes: int | None) -> None:
+class Torchrun:
+    """Such processes as torchrun would start them: the command in each, with its rank.
+
+    Args:
+        printed: a folder for what they print, RANK/stdout and RANK/stderr.
+    """
+
+    def __init__(self, size: int, arguments: Sequence[str], printed: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.commands = []
+        for rank in range(size):
+            folder = printed / str(rank)
+            folder.mkdir(parents=True, exist_ok=True)
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(port),
+            }
+            self.commands.append(Command(arguments, folder, environment=environment))
+
+    def end(self, seconds: float = 120) -> tuple[list[int], str]:
+        """Waits for all; their statuses, and what they have said on stderr, together."""
+        ends = [command.end(seconds) for command in self.commands]
+        return [status for status, _, _ in ends], "".join(err for _, _, err in ends)
+
+    def __enter__(self) -> "Torchrun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for command in self.commands:
+            command.kill()
+            command.process.join()
+
+
+def run(
+    arguments: Sequence[str],
+    out: Path,
+    err: Path,
+    file_bytes: int | None,
+    environment: Mapping[str, str],
+) -> None:
     """In the process of the command."""
+    os.environ.update(environment)
     from minigpt.commands.cli import main
 
     for descriptor, file in ((1, out), (2, err)):

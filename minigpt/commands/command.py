@@ -4,11 +4,13 @@ group of commands.
 A command is one file that ends with `COMMAND`, and one line in minigpt/commands/cli.py.
 """
 
+import json
 import shlex
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,19 +70,28 @@ class Run:
         )
 
     def execute(self, name: str, given: dict[str, Any]) -> int:
+        from minigpt.training.processes import Processes, joined
+
         out, resume, accepted = (given.pop(option) for option in ("out", "resume", "accept"))
+        shared = any(f.name == "parallel" for f in fields(self.settings))
         try:
-            with owned(out):
+            with (
+                joined() if shared else nullcontext(Processes()) as processes,
+                owned(out) if processes.first else nullcontext(),
+            ):
+                processes.sum(0)  # the first one owns the folder
                 settings: Any = runs.settle(self.settings, name, given, out, resume)
                 summary = runs.summary(out)
+                processes.check_same("the run", json.dumps([asdict(settings), summary]))
                 if summary is not None:
                     print(f"minigpt: the run in {out} is complete", file=sys.stderr)
-                    if given.get("track"):
+                    if given.get("track") and processes.first:
                         _replay(settings, out)
                 else:
-                    runs.check_environment(out, accepted)
+                    runs.check_environment(out, accepted, settings)
                     summary = self.function(settings, out, resume)
-            _print_summary(summary, out, out / self.shown)
+                if processes.first:
+                    _print_summary(summary, out, out / self.shown)
         except Interrupted as stop:
             again = f"minigpt {name} --resume --out {shlex.quote(str(out))}"
             print(f"minigpt: {stop}; continue with: {again}", file=sys.stderr)

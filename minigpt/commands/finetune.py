@@ -5,7 +5,8 @@
 
 From a text, a decoder learns to predict the next token, an encoder masked ones (`--objective`,
 minigpt/objectives); from conversations, a decoder learns to answer.  What differs between the two
-is in minigpt/commands/lessons.py.
+is in minigpt/commands/lessons.py.  Where torchrun starts several processes, all run this together
+(minigpt/training/processes.py).
 """
 
 import json
@@ -24,7 +25,8 @@ from minigpt.objectives.registry import OBJECTIVES
 from minigpt.settings import runs
 from minigpt.settings.manifest import model_files
 from minigpt.settings.options import option
-from minigpt.training import memory
+from minigpt.training import memory, parallel
+from minigpt.training.processes import group
 from minigpt.training.progress import progress_bar
 from minigpt.training.trackers.follow import tracked
 from minigpt.training.train import evaluate, train
@@ -38,12 +40,25 @@ class Finetune(LessonOptions):
 
     model: str = option(f"a model: {FORMS}")
     quantize: str | None = option("hold the linear layers but the head in 4 bits", None, CODECS)
+    parallel: str = option(
+        "what processes of torchrun share: ddp: the work; fsdp: the model, too",
+        "none",
+        parallel.WAYS,
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.parallel != "none":
+            raise ValueError(f"--compile and --parallel {self.parallel} do not go together")
 
 
 def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     """Trains and writes to OUT `model/` (full, freeze) or `adapter/` (all others), `metrics.jsonl`,
     `sample.txt`, of conversations `heldout.jsonl`, and `summary.json`; returns the summary.
     """
+    parallel.check(settings.parallel)
+    processes = group()
     device = settings.find_device()
     before_model = memory.resident()
     settings = settings.dated()
@@ -52,7 +67,8 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
     objective = OBJECTIVES[settings.objective]
-    model = load(directory, objective.head, device=device, quantize=settings.quantize)
+    place = device if settings.parallel != "fsdp" else "cpu"  # slices alone go to the device
+    model = load(directory, objective.head, device=place, quantize=settings.quantize)
     tokenizer.check(model.config.vocab_size)
     if any(map(is_quantized, model.modules())):  # then memory counts more than time
         memory.map_large_blocks()
@@ -60,18 +76,28 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     torch.manual_seed(settings.seed)
     handle = settings.attach(model)
     lesson.check(model)
-    runs.claim(out, "finetune", settings, {**lesson.inputs, **model_files(directory)})
+    if processes.first:
+        runs.claim(out, "finetune", settings, {**lesson.inputs, **model_files(directory)})
 
     counts, heldout = report(model), lesson.heldout
-    before = evaluate(model, objective.loss, heldout, settings.bf16)
-    sample_before = lesson.sample(model)
+    spread = parallel.spread(model, settings.parallel, device, settings.bf16)
+    before = evaluate(model, objective.loss, heldout, settings.bf16, spread)
+    with torch.no_grad():
+        sample_before = spread.run(lesson.sample)
     with (
         progress_bar(settings.method, settings.steps, settings.tokens_a_step) as show,
-        tracked(settings.track, out, asdict(settings), show) as observe,
+        tracked(settings.track if processes.first else [], out, asdict(settings), show) as observe,
     ):
-        rows = train(model, objective.loss, lesson.batches, config, out, heldout, resume, observe)
-    after = evaluate(model, objective.loss, heldout, settings.bf16)
-    sample_after = lesson.sample(model)
+        rows = train(
+            *(model, objective.loss, lesson.batches, config, out, heldout, resume, observe),
+            parallel=spread,
+        )
+    after = evaluate(model, objective.loss, heldout, settings.bf16, spread)
+    with torch.no_grad():
+        sample_after = spread.run(lesson.sample)
+    spread.gather()
+    if not processes.first:
+        return {}
 
     result = settings.write(model, handle, tokenizer, directory, out)
     for name, text in lesson.files.items():
@@ -87,6 +113,7 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "method": settings.method,
         "trainable_parameters": counts.trainable,
         "total_parameters": counts.total,
+        **({"processes": processes.size} if processes.size > 1 else {}),
         **lesson.counts,
         "heldout_loss_before": before,
         "heldout_loss_after": after,

@@ -18,7 +18,8 @@ from minigpt.settings.methods import LR, MethodOptions
 from minigpt.settings.options import option
 from minigpt.settings.training import TrainingOptions
 from minigpt.training import loraplus, memory
-from minigpt.training.train import Row, checkpoint_activations, compile_states, trained
+from minigpt.training.parallel import trained
+from minigpt.training.train import Row, checkpoint_activations, compile_states
 from peft_lite import storage
 
 # beside a config.json transformers would look for a whole model

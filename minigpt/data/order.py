@@ -4,6 +4,7 @@ The row at a place of the sequence is a function of the seed and the place alone
 resumes at any step sees what an uninterrupted one would.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,3 +19,8 @@ def place(seed: int, n: int, number: int) -> int:
 @lru_cache(maxsize=2)  # a batch touches one epoch, or two
 def _order(seed: int, epoch: int, n: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def number_of(seed: Sequence[int]) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence([*seed]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -52,20 +52,25 @@ def check_inputs(stored: Files, present: Files, out: Path) -> None:
             )
 
 
-def environment() -> dict[str, Any]:
-    """Threads, versions and machine: with others, the same computation gives other last bits."""
+def environment(processes: str = "1") -> dict[str, Any]:
+    """Threads, versions, machine and processes: with others, the same computation gives other last
+    bits.
+    """
     gpu = "a GPU" if torch.cuda.is_available() else "no GPU"
     return {
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "numpy", "minigpt")},
         "machine": f"{torch.backends.cpu.get_cpu_capability()}, {gpu}",
+        "processes": processes,
     }
 
 
-def check_environment(stored: Mapping[str, Any], accepted: Sequence[str], out: Path) -> None:
+def check_environment(
+    stored: Mapping[str, Any], accepted: Sequence[str], out: Path, processes: str = "1"
+) -> None:
     """Raises ValueError for what differs from the environment of the run, unless accepted."""
-    for name, now in environment().items():
-        before = stored.get(name)
+    for name, now in environment(processes).items():
+        before = stored.get(name, "1" if name == "processes" else None)
         if name not in accepted and before != now:
             raise ValueError(
                 f"the run in {out} had {name} {_shown(before)}, here {_shown(now)}: the last bits "

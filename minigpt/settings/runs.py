@@ -19,7 +19,7 @@ from minigpt.settings.lock import LOCK
 from minigpt.settings.options import free
 
 TRACKING = "tracking"
-ENVIRONMENT = ("threads", "versions", "machine")  # minigpt/settings/manifest.py
+ENVIRONMENT = ("threads", "versions", "machine", "processes")  # minigpt/settings/manifest.py
 S = TypeVar("S")
 # what is imported within the functions below brings torch, which `--help` does without
 
@@ -97,15 +97,22 @@ def fill(kind: type[S], given: dict[str, Any]) -> S:
     return kind(**given)
 
 
-def check_environment(out: Path, accepted: Sequence[str]) -> None:
-    """Raises ValueError where the run in OUT, if there is one, had other threads, versions or
-    another machine, unless that is accepted.
+def check_environment(out: Path, accepted: Sequence[str], settings: Any) -> None:
+    """Raises ValueError where the run in OUT, if there is one, had other threads, versions,
+    processes or another machine, unless that is accepted.
     """
     from minigpt.settings import manifest
 
     if (out / "run.json").exists():
         for latest in read(out)["environments"][-1:]:
-            manifest.check_environment(latest, accepted, out)
+            manifest.check_environment(latest, accepted, out, _processes(settings))
+
+
+def _processes(settings: Any) -> str:
+    """How many processes there are, and how they share the work."""
+    from minigpt.training.processes import described
+
+    return described(getattr(settings, "parallel", "none"))
 
 
 def claim(out: Path, command: str, settings: Any, inputs: Mapping[str, Iterable[Path]]) -> None:
@@ -123,7 +130,7 @@ def claim(out: Path, command: str, settings: Any, inputs: Mapping[str, Iterable[
         "command": command,
         "settings": asdict(settings),
         "inputs": manifest.digests(inputs),
-        "environments": [manifest.environment()],
+        "environments": [manifest.environment(_processes(settings))],
     }
     if (out / "run.json").exists():
         stored = read(out)

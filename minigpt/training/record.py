@@ -12,37 +12,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from minigpt.settings.options import free
 from minigpt.training import snapshot
+from minigpt.training.parallel import Alone
 from minigpt_kernels import ClippedAdamW
 from peft_lite import storage
 
 
 class Record:
-    """The files of one run in `directory`."""
+    """The files of one run in `directory`, which process 0 writes; all processes restore and save
+    the state together.
+    """
 
     def __init__(
-        self,
-        directory: Path,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: ClippedAdamW,
-        config: Any,
+        self, directory: Path, parallel: Alone, optimizer: ClippedAdamW, config: Any
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics = directory / "metrics.jsonl"
         self.snapshots = directory / "snapshots"
-        self.parameters, self.optimizer = parameters, optimizer
+        self.parallel, self.optimizer = parallel, optimizer
+        self.first = parallel.processes.first
         deciding = {n: v for n, v in asdict(config).items() if n not in free(type(config))}
         settings = json.loads(json.dumps(deciding, default=str))
-        self.run = {"settings": settings, "frozen": snapshot.fingerprint(model)}
+        self.run = {"settings": settings, "frozen": parallel.frozen}
         self.rows = hashlib.sha256()  # of the rows so far
 
     def start(self) -> None:
         """Raises ValueError where the files of another run stand."""
-        if self.metrics.exists() or self.snapshots.exists():
+        if self.first and (self.metrics.exists() or self.snapshots.exists()):
             raise ValueError(
                 f"{self.metrics.parent} holds another run: resume it, or choose another"
             )
@@ -53,14 +50,18 @@ class Record:
         Raises:
             ValueError: the snapshot is of another run, or the metrics are not those it knows of.
         """
-        state = snapshot.restore(self.snapshots, self.parameters, self.optimizer, self.run)
-        rows = [] if state is None else check_rows(self.metrics, state)
-        storage.write_text(self.metrics, b"".join(rows).decode())
-        self.rows.update(b"".join(rows))
-        return [json.loads(row) for row in rows]
+        state = snapshot.restore(self.snapshots, self.parallel, self.optimizer, self.run)
+        rows = [] if state is None or not self.first else check_rows(self.metrics, state)
+        text = self.parallel.processes.told(b"".join(rows).decode())
+        if self.first:
+            storage.write_text(self.metrics, text)
+        self.rows.update(text.encode())
+        return [json.loads(row) for row in text.splitlines()]
 
     def write(self, row: Mapping[str, float]) -> None:
         """Appends a row of metrics."""
+        if not self.first:
+            return
         line = json.dumps(row).encode() + b"\n"
         with self.metrics.open("ab") as file:
             file.write(line)
@@ -68,10 +69,11 @@ class Record:
 
     def snapshot(self, step: int) -> None:
         """Saves the state after `step` updates."""
-        with self.metrics.open() as file:
-            os.fsync(file.fileno())  # a snapshot never knows of steps that the metrics do not
+        if self.first:
+            with self.metrics.open() as file:
+                os.fsync(file.fileno())  # a snapshot never knows of steps that the metrics do not
         run = {**self.run, "metrics": self.rows.hexdigest()}
-        snapshot.save(self.snapshots, step, self.parameters, self.optimizer, run)
+        snapshot.save(self.snapshots, step, self.parallel, self.optimizer, run)
 
     def last_good(self) -> str:
         """The end of an error message: where the newest snapshot is."""

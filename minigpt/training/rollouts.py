@@ -13,10 +13,10 @@ Shapes:  B completions   P width of the prompts   C columns of the completions  
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt.data.order import number_of
 from minigpt.data.text import IGNORED
 from minigpt.generation import generate, left_padded
 from minigpt.models.architecture import Decoder
@@ -98,8 +98,3 @@ def sample(
         logprobs=logprobs.masked_fill(~real, 0.0),
         ended=end.any(1),
     )
-
-
-def number_of(seed: Sequence[int]) -> int:
-    """One seed out of several numbers."""
-    return int(np.random.SeedSequence([*seed]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -2,7 +2,8 @@
 
 A step, in this order (`training_step`):
 
-    forward, backward    g = sum_i (n_i / n) d loss_i / d theta   over micro-batches of n_i labels
+    forward, backward    g = sum_i (n_i / n) d loss_i / d theta   over micro-batches of n_i labels,
+                         which processes may share (minigpt/training/parallel.py)
     record               |g|, the norm over all trainable tensors, before clipping
     clip                 g <- g min(1, c / (|g| + 1e-6))          c = max_norm, from step T_0 on
     optimizer            AdamW, Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101
@@ -28,6 +29,8 @@ from minigpt.models.mode import mode
 from minigpt.settings.options import option
 from minigpt.training import loraplus, schedule
 from minigpt.training.interrupt import Interrupted, stop_requested
+from minigpt.training.parallel import Alone, drawing
+from minigpt.training.processes import Processes
 from minigpt.training.record import Record
 from minigpt_kernels import ClippedAdamW
 from minigpt_kernels.paged import paged_memory
@@ -124,6 +127,7 @@ def train(
     probes: Sequence[Probe] = (),
     dropout: bool = True,
     period: int = 1,
+    parallel: Alone | None = None,
 ) -> list[Row]:
     """Trains the parameters of `model` that require gradients.
 
@@ -139,6 +143,8 @@ def train(
         dropout: False: the model trains in evaluation mode.
         period: the steps that share what batches drew by the weights before the first of them; a
             snapshot follows a whole period, and the run stops after one.
+        parallel: the model as it is spread over processes; all of them call this, and the first one
+            writes and observes.  None: one process.
 
     Returns:
         One row a step, resumed ones included: step, loss and heldout_loss (nats a label), lr,
@@ -150,7 +156,8 @@ def train(
             paged state.
         Interrupted: SIGINT or SIGTERM came; with a directory, a snapshot was written first.
     """
-    parameters = trained(model)
+    parallel = parallel or Alone(model)
+    parameters, processes = parallel.parameters, parallel.processes
     if not parameters:
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
     folder = None if directory is None else Path(directory)
@@ -162,7 +169,7 @@ def train(
         config.weight_decay,
         memory=paged_memory([*parameters.values()], folder) if config.paged else None,
     )
-    record = Record(folder, model, parameters, optimizer, config) if folder else None
+    record = Record(folder, parallel, optimizer, config) if folder else None
     rows = record.restore() if record and resume else []
     if record and not resume:
         record.start()
@@ -170,10 +177,14 @@ def train(
         with mode(model, training=dropout), stop_requested() as stop:
             for t in range(len(rows), config.steps):
                 begin = time.perf_counter()
-                micro = [batches(t * config.accumulate + i) for i in range(config.accumulate)]
+                first, turns = t * config.accumulate, config.accumulate
+                micro = [
+                    batches(first + i) if i is not None else idle(batches(first))
+                    for i in processes.share(first, turns)
+                ]
                 row: Row = {"step": t + 1}
                 try:
-                    row |= training_step(model, loss, micro, optimizer, config, t, probes)
+                    row |= training_step(model, loss, micro, optimizer, config, t, probes, parallel)
                 except NotFinite as error:
                     place = record.last_good() if record else ""
                     raise ValueError(f"step {t + 1}: {error}{place}") from None
@@ -181,13 +192,15 @@ def train(
                 for probe in probes:
                     row |= probe.after()
                 if _due(t + 1, config.evaluate_every) and heldout:
-                    row["heldout_loss"] = evaluate(model, loss, heldout, config.bf16)
+                    row["heldout_loss"] = evaluate(model, loss, heldout, config.bf16, parallel)
                 rows.append(row)
                 if record:
                     record.write(row)
-                observe(row)
+                if processes.first:
+                    observe(row)
                 last, whole = t + 1 == config.steps, (t + 1) % period == 0
-                stopping = stop.is_set() and (whole or last)
+                (stops,) = processes.sum(stop.is_set())
+                stopping = stops > 0 and (whole or last)
                 if record and (_passed(t + 1, config.snapshot_every, period) or stopping or last):
                     record.snapshot(t + 1)
                 if stopping:
@@ -205,12 +218,15 @@ def training_step(
     config: TrainConfig,
     t: int,
     probes: Sequence[Probe] = (),
+    parallel: Alone | None = None,
 ) -> Row:
     """One update, on micro-batches that may come from anywhere.
 
     Args:
+        micro: this process's, as `Processes.share` deals them.
         t: number of updates before this one.
         probes: their `before` is called once the gradients are there.
+        parallel: as in `train`.
 
     Returns:
         loss in nats a label, lr, gradient_norm before clipping, and what the probes measured.
@@ -221,8 +237,9 @@ def training_step(
     lr = config.rate(t)
     for group in optimizer.param_groups:
         group["lr"], group["max_norm"] = lr * group.get("factor", 1.0), config.limit(t)
-    total = _backward(model, loss, micro, config.bf16)
-    squares = optimizer.sum_of_squares()
+    parallel = parallel or Alone(model)
+    total = _backward(parallel, loss, micro, config, t)
+    squares = parallel.total(optimizer.sum_of_squares())
     norm = squares.sqrt().item()
     if not math.isfinite(total) or not math.isfinite(norm):
         optimizer.zero_grad()
@@ -235,43 +252,83 @@ def training_step(
     return row
 
 
-def _backward(model: nn.Module, loss: Loss, micro: Sequence[Batch], bf16: bool) -> float:
-    """Adds up the gradient of the mean loss over all labels of `micro`; returns that loss."""
-    device = next(p.device for p in model.parameters() if p.requires_grad)
-    n = sum(_labels(batch) for batch in micro)
+def _backward(
+    parallel: Alone, loss: Loss, micro: Sequence[Batch], config: TrainConfig, t: int
+) -> float:
+    """Adds up the gradient of the mean loss over all labels of a step; returns that loss.
+
+    Dropout of micro-batch i draws from the seed of torch's generator and i.
+    """
+    processes, seed = parallel.processes, torch.initial_seed()
+    device = next(iter(parallel.parameters.values())).device
+    (n,) = processes.sum(sum(_labels(batch) for batch in micro))
     if n == 0:
         raise ValueError("a step has no label: nothing to learn from")
-    total = 0.0
-    for batch in micro:
-        if _labels(batch) == 0:
+    first, total = t * config.accumulate, 0.0
+    for k, batch in enumerate(micro):
+        n_i = _labels(batch)
+        if n_i == 0 and processes.size == 1:
             continue  # it adds nothing, and its mean over no label is NaN
-        with _autocast(device, bf16):
-            share = loss(model, moved(batch, device)) * (_labels(batch) / n)
-        share.backward()
-        total += share.item()
-    return total
+        i = first + (processes.rank - first) % processes.size + k * processes.size
+        with parallel.turn(last=k + 1 == len(micro)), drawing(seed, i, device):
+            with _autocast(device, config.bf16):
+                mean = parallel.run(loss, moved(batch if n_i else _with_a_label(batch), device))
+            share = mean * (n_i * processes.size / n)
+            share.backward()
+        total += share.item() / processes.size
+    parallel.collect()
+    return processes.sum(total)[0]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], bf16: bool = False) -> float:
-    """Mean loss over all labels of `batches`, in nats, without dropout."""
-    total, n = 0.0, 0
+def evaluate(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Batch],
+    bf16: bool = False,
+    parallel: Alone | None = None,
+) -> float:
+    """Mean loss over all labels of `batches`, in nats, without dropout.
+
+    Args:
+        parallel: as in `train`.
+    """
+    parallel = parallel or Alone(model)
+    processes, total, n = parallel.processes, 0.0, 0.0
     with mode(model, training=False):
-        for batch in batches:
-            if _labels(batch) == 0:
+        for batch in _shared(batches, processes):
+            n_i = _labels(batch)
+            if n_i == 0 and processes.size == 1:
                 continue
+            batch = batch if n_i else _with_a_label(batch)
             batch = moved(batch, next(model.parameters()).device)
             with _autocast(batch["labels"].device, bf16):
-                total += loss(model, batch).item() * _labels(batch)
-            n += _labels(batch)
+                total += parallel.run(loss, batch).item() * n_i
+            n += n_i
+    total, n = processes.sum(total, n)
     if n == 0:
         raise ValueError("nothing to evaluate: the batches have no label")
     return total / n
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+def _shared(batches: Iterable[Batch], processes: Processes) -> Iterable[Batch]:
+    """Those of this process, and idle turns."""
+    if processes.size == 1:
+        return batches
+    every = list(batches)
+    return [every[i] if i is not None else idle(every[0]) for i in processes.share(0, len(every))]
+
+
+def idle(batch: Batch) -> Batch:
+    """A batch like this one that teaches nothing."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def _with_a_label(batch: Batch) -> Batch:
+    """A batch without labels that has a mean loss, which is to be weighed by 0."""
+    labels = batch["labels"].clone()
+    labels.view(-1)[:1] = 0
+    return {**batch, "labels": labels}
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:

@@ -103,13 +103,15 @@ def test_another_environment_is_refused_unless_it_is_accepted(
         "threads": torch.get_num_threads(),
         "versions": {**now["versions"], "torch": torch.__version__},
         "machine": now["machine"],
+        "processes": "1",
     }
     other = {
         "threads": 64,
         "versions": {**now["versions"], "torch": "9.9"},
         "machine": "an abacus",
+        "processes": "4 by ddp",
     }
-    monkeypatch.setattr(manifest, "environment", lambda: {**now, name: other[name]})
+    monkeypatch.setattr(manifest, "environment", lambda _: {**now, name: other[name]})
     said = resumed(out, capsys)
     assert f"the run in {out} had {name} " in said
     assert f"--accept {name}" in said

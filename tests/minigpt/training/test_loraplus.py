@@ -16,7 +16,8 @@ from minigpt import TrainConfig, train
 from minigpt.commands.cli import main
 from minigpt.commands.finetune import Finetune
 from minigpt.training import loraplus
-from minigpt.training.train import Interrupted, trained
+from minigpt.training.parallel import trained
+from minigpt.training.train import Interrupted
 from tests import tiny
 from tests.minigpt.training.test_resume import stop_at
 from tests.peft_lite.peft_models import output, pair, perturb

@@ -13,6 +13,7 @@ from minigpt import TrainConfig, train
 from minigpt.commands.cli import main
 from minigpt.settings import runs
 from minigpt.training import snapshot
+from minigpt.training.parallel import Alone
 from minigpt.training.train import Interrupted
 from minigpt_kernels import ClippedAdamW
 from minigpt_kernels.paged import DeviceMemory
@@ -60,14 +61,15 @@ def test_a_snapshot_is_restored_to_where_the_state_lives(tmp_path: Path) -> None
 
     places: list[torch.Tensor] = []
     model = tiny.gpt_neo()
-    parameters = dict(model.named_parameters())
+    alone = Alone(model)
+    parameters = alone.parameters
     optimizer = ClippedAdamW(parameters.values())
     tiny.full_loss(model, tiny.batch(0)).backward()
     optimizer.step()
     run = {"frozen": "", "settings": {}}
-    snapshot.save(tmp_path, 1, parameters, optimizer, run)
+    snapshot.save(tmp_path, 1, alone, optimizer, run)
     paged = ClippedAdamW(parameters.values(), memory=Kept())
-    snapshot.restore(tmp_path, parameters, paged, run)
+    snapshot.restore(tmp_path, alone, paged, run)
     moments = [paged.state[p][name] for p in parameters.values() for name in MOMENTS]
     assert [id(m) for m in moments] == [id(place) for place in places]
     want = [optimizer.state[p][name] for p in parameters.values() for name in MOMENTS]

@@ -29,6 +29,7 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
 from minigpt.training import snapshot
 from minigpt.training.interrupt import stop_requested
+from minigpt.training.parallel import Alone
 from minigpt.training.train import Interrupted, Row
 from minigpt_kernels import ClippedAdamW
 from peft_lite import storage
@@ -267,40 +268,39 @@ def test_snapshot_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_newest_snapshots_are_those_of_the_highest_steps(tmp_path: Path) -> None:
-    model = new_model()
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = ClippedAdamW(parameters.values())
+    alone = Alone(new_model())
+    optimizer = ClippedAdamW(alone.parameters.values())
     run = {"frozen": "", "settings": {}}
     (tmp_path / "step-x.safetensors").write_text("somebody's")
     for step in (999_998, 999_999, 1_000_000, 1_000_001, 10_000_000):
-        snapshot.save(tmp_path, step, parameters, optimizer, run)
+        snapshot.save(tmp_path, step, alone, optimizer, run)
     names = ["step-1000001.safetensors", "step-10000000.safetensors"]
     assert [file.name for file in snapshot.files(tmp_path)] == names
-    state = snapshot.restore(tmp_path, parameters, optimizer, run)
+    state = snapshot.restore(tmp_path, alone, optimizer, run)
     assert state is not None
     assert state["step"] == 10_000_000
 
 
 def test_a_snapshot_makes_its_folder(tmp_path: Path) -> None:
-    parameters = {"a": nn.Parameter(torch.ones(2))}
-    optimizer = torch.optim.AdamW(parameters.values())
+    alone = Alone(nn.Linear(2, 1))
+    optimizer: Any = torch.optim.AdamW(alone.parameters.values())
     for step in (1, 2):
-        snapshot.save(tmp_path / "run" / "snapshots", step, parameters, optimizer, {})
+        snapshot.save(tmp_path / "run" / "snapshots", step, alone, optimizer, {})
     assert len(snapshot.files(tmp_path / "run" / "snapshots")) == 2
 
 
 def test_the_random_numbers_of_a_gpu_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = {"a": nn.Parameter(torch.ones(2))}
-    optimizer = torch.optim.AdamW(parameters.values())
+    alone = Alone(nn.Linear(2, 1))
+    optimizer: Any = torch.optim.AdamW(alone.parameters.values())
     state, run = torch.arange(16, dtype=torch.uint8), {"frozen": "", "settings": {}}
     set_to: list[Tensor] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", set_to.append)
-    snapshot.save(tmp_path, 1, parameters, optimizer, run)
+    snapshot.save(tmp_path, 1, alone, optimizer, run)
     for available in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)  # noqa: B023
-        assert snapshot.restore(tmp_path, parameters, optimizer, run) is not None
+        assert snapshot.restore(tmp_path, alone, optimizer, run) is not None
         assert len(set_to) == available
     assert torch.equal(set_to[0], state)
 

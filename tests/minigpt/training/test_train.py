@@ -18,6 +18,7 @@ from transformers import get_linear_schedule_with_warmup
 
 import peft_lite
 from minigpt import GPTNeo, TrainConfig, generate, train
+from minigpt.data.order import number_of
 from minigpt.data.text import Batch
 from minigpt.objectives.causal import language_model_loss
 from minigpt.training.train import NotFinite, checkpoint_activations, evaluate, training_step
@@ -35,9 +36,10 @@ def by_hand(model: nn.Module, fused: bool, clip: float = CLIP) -> list[tuple[flo
     optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.01, fused=fused)
     schedule = get_linear_schedule_with_warmup(optimizer, 4, 25)
     model.train()
-    rows = []
+    rows, seed = [], torch.initial_seed()
     for t in range(STEPS):
         optimizer.zero_grad()
+        torch.manual_seed(number_of([seed, t]))  # of dropout
         loss = tiny.full_loss(model, tiny.batch(t))
         loss.backward()
         norm = clip_grad_norm_(parameters, clip)
