@@ -132,7 +132,7 @@ def outline(
 
 def dequantize(it: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """The weight: a c_q in float32, rounded to `dtype`, which None says is that of the weight."""
-    w = torch.empty(it.shape, dtype=dtype or it.dtype, device=it.packed.device)
+    w = torch.empty(it.shape, dtype=dtype or it.dtype, device=it.scales.device)
     _fill(w.view(-1), it, scales_of(it), 0)
     return w
 
@@ -145,7 +145,7 @@ def tiles(it: Quantized, dtype: torch.dtype, most: int) -> Iterator[tuple[slice,
     """
     N, K = it.shape
     height = min(N, max(1, most // (K * it.block)) * it.block)  # whole blocks
-    tile = torch.empty(height, K, dtype=dtype, device=it.packed.device)
+    tile = torch.empty(height, K, dtype=dtype, device=it.scales.device)
     scales = scales_of(it)
     for row in range(0, N, height):
         rows = tile[: N - row]
@@ -186,13 +186,13 @@ def _quantize_scales(it: Quantized) -> Quantized:
 
 
 def _fill(w: Tensor, it: Quantized, scales: Tensor, begin: int) -> None:
-    """Writes the numbers from `begin` on, the first of a block, into w (m,); on the meta device
-    there are none.
+    """Writes the numbers from `begin` on, the first of a block, into w (m,); where the codes lie on
+    the meta device there are none.
 
     One look at a table gives the four codes of two bytes.  Memory for a piece is taken once: to
     take it anew for each would cost more than to fill it.
     """
-    if w.is_meta:
+    if it.packed.device.type == "meta":
         return
     quads, end = _quads(w.device), begin + len(w)
     size = min(PIECE, -(-len(w) // it.block) * it.block)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
@@ -272,7 +273,7 @@ def check_weight(module: nn.Module, weight: Tensor) -> None:
 
 def is_dense(weight: Tensor) -> bool:
     """Whether its numbers are the weights, and not codes of them (int8, 4-bit, float8)."""
-    plain = type(weight) in (nn.Parameter, Tensor)
+    plain = type(weight) in (nn.Parameter, Tensor, FakeTensor)  # the last stands for the others
     return plain and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 

@@ -32,6 +32,7 @@ SHORT = {
     "evaluate": "--max-new-tokens 2",
     "quantize": "",
     "info": "",
+    "plan": "",
     "verify": "",
     "study rl-by-enumeration": "--steps 2 --seeds 2",
     "study three-ways": "--steps 2 --seeds 2 --rounds 2 --judged 2 --sequence-length 64",

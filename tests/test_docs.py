@@ -13,6 +13,7 @@ from torch import nn
 
 import minigpt
 import peft_lite
+from benchmarks.common import RESULTS, read
 from minigpt import studies
 from minigpt.commands import cli
 from minigpt.commands.finetune import Finetune
@@ -20,7 +21,7 @@ from minigpt.settings import methods, runs
 from minigpt.studies.claims import CLAIMS
 from tests import closed_forms
 from tests.tiny import gpt_neo
-from tools import claims, lines, pictures
+from tools import claims, lines, pictures, plans
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
@@ -264,3 +265,19 @@ def test_figures_of_the_pretrained_model_are_those_of_its_run() -> None:
     assert f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,}" in page
     for part in re.split(r"--- \w+ ---\n", sample)[1:]:
         assert part.strip() in page
+
+
+def test_the_table_of_plans_is_as_the_code_computes_it() -> None:
+    """The smallest model here; all of them in the slow test below."""
+    text = plans.PAGE.read_text(encoding="utf-8")
+    results = RESULTS / "plan.csv"
+    measured = plans.comparison(read(results)[1]) if results.exists() else plans.measured()
+    assert measured in text, "run python -m tools.plans"
+    shown = [line for line in text.splitlines() if line.startswith("| 125M |")]
+    assert shown == [line for line in plans.computed(("125M",)).splitlines() if "125M" in line]
+
+
+@pytest.mark.slow
+def test_all_plans_are_as_the_code_computes_them() -> None:
+    text = plans.PAGE.read_text(encoding="utf-8")
+    assert plans.computed() in text, "run python -m tools.plans"

@@ -36,7 +36,7 @@ def find(source: str | Path, weights: bool = True) -> Path:
     an installed package, or a copy from the hub.
 
     Args:
-        weights: False: config.json is enough.
+        weights: False: config.json is enough, also as a .json file by itself.
 
     Raises:
         ValueError: there is no such directory or file, the package is not installed, or the hub
@@ -45,7 +45,7 @@ def find(source: str | Path, weights: bool = True) -> Path:
     path = named(source)
     if str(source) and os.path.isdir(path):  # the path "" is the current directory
         return path
-    if path.suffix == ".gguf" and os.path.isfile(path):
+    if path.suffix in (".gguf", *([] if weights else [".json"])) and os.path.isfile(path):
         return path
     if os.path.exists(path) or not HUB_ID.fullmatch(str(source)):
         name = printable(str(source)) or "an empty name"

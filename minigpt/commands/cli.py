@@ -36,6 +36,7 @@ COMMANDS = {
     "pretrain": "train a tokenizer and a model from texts",
     "quantize": "put a model's linear layers into 4 bits",
     "info": "table of parameters for a model and a method",
+    "plan": "what memory and time a training step will take",
     "study": "rerun a published experiment and put its claims to the test",
     "verify": "check every file of a run",
 }

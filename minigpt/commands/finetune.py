@@ -10,6 +10,7 @@ is in minigpt/commands/lessons.py.  Where torchrun starts several processes, all
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,18 +19,22 @@ import torch
 from minigpt.checkpoints.directory import load
 from minigpt.checkpoints.source import FORMS, find
 from minigpt.commands.command import Run
-from minigpt.commands.lessons import LessonOptions, read_lesson
+from minigpt.commands.lessons import Lesson, LessonOptions, read_lesson
 from minigpt.commands.tuning import costs
+from minigpt.data.text import IGNORED
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.models.architecture import Model
 from minigpt.objectives.registry import OBJECTIVES
+from minigpt.plan.plan import Step, beside
+from minigpt.plan.trace import spec
 from minigpt.settings import runs
 from minigpt.settings.manifest import model_files
 from minigpt.settings.options import option
 from minigpt.training import memory, parallel
 from minigpt.training.processes import group
-from minigpt.training.progress import progress_bar
+from minigpt.training.progress import progress_bar, say
 from minigpt.training.trackers.follow import tracked
-from minigpt.training.train import evaluate, train
+from minigpt.training.train import Row, evaluate, train
 from peft_lite import report, storage
 from peft_lite.quantized import CODECS, is_quantized
 
@@ -118,10 +123,52 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
         "heldout_loss_before": before,
         "heldout_loss_after": after,
         **costs(rows, before_model, result),
+        **prediction(settings, model, lesson, device, before_model, rows),
         "config": asdict(config),
     }
     runs.complete(out, summary)
     return summary
+
+
+def prediction(
+    settings: Finetune,
+    model: Model,
+    lesson: Lesson,
+    device: torch.device,
+    before_model: int,
+    rows: Sequence[Row],
+) -> dict[str, object]:
+    """What a plan says of the run's peak memory and of its steps, beside what was measured; of one
+    process, uncompiled.  What it cannot trace costs the run nothing but these two numbers.
+    """
+    if group().size > 1 or settings.compile:
+        return {}
+    step, checkpointed = step_of(settings, lesson), settings.checkpoint_activations
+    try:
+        return beside(model, step, checkpointed, device, before_model, calibration(rows))
+    except Exception as error:  # whatever it is, the run is done
+        say(f"the plan cannot follow this step: {error}")
+        return {}
+
+
+def step_of(settings: Finetune, lesson: Lesson) -> Step:
+    """What a plan has to know of a run's steps; its batches are like the first."""
+    batch = lesson.batches(0)
+    return Step(
+        batch_size=settings.batch_size,
+        sequence_length=settings.sequence_length,
+        objective=settings.objective,
+        accumulate=settings.accumulate,
+        bf16=settings.bf16,
+        paged=settings.paged,
+        given={name: spec(t) for name, t in batch.items()},
+        labels=int((batch["labels"] != IGNORED).sum()),
+    )
+
+
+def calibration(rows: Sequence[Row]) -> float:
+    """How long operations run once more to predict a step's time: 5 s, or 1 / 20 of the run."""
+    return min(5.0, 0.05 * sum(row["seconds"] for row in rows))
 
 
 COMMAND = Run(Finetune, finetune)

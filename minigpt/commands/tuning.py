@@ -2,6 +2,7 @@
 in a folder, what it cost.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,7 @@ def costs(rows: Sequence[Row], memory_before: int, result: Path) -> dict[str, ob
     """Time, memory and bytes of a run, for its summary."""
     return {
         "seconds": sum(row["seconds"] for row in rows),
+        "step_seconds": statistics.median(row["seconds"] for row in rows),
         "memory_before_model_bytes": memory_before,
         "peak_memory_bytes": memory.peak(),
         "result_bytes": sum(file.stat().st_size for file in result.glob("*.safetensors")),

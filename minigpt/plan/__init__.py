@@ -1,0 +1,1 @@
+"""What a training step will cost, before there is a weight: memory, operations, time."""
