@@ -7,6 +7,7 @@ An element is kept where a random number of 16 bits is at least 2^16 p; bit k % 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
 def keep(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -25,6 +26,8 @@ def threshold(p: float) -> int:
 
 def unpack(bits: Tensor, K: int) -> Tensor:
     """The mask (M, K) that the bits stand for."""
+    if is_fake(bits):  # of a plan: its shape alone
+        return bits.new_zeros(len(bits), K, dtype=torch.bool)
     if bits.device.type == "cpu":
         mask = np.unpackbits(bits.numpy(), axis=1, count=K, bitorder="little")
         return torch.from_numpy(mask.view(bool))

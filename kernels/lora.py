@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from . import backend as backends
 from . import dropout
@@ -211,7 +212,7 @@ def draw(x: Tensor, p: float, seed: int | None) -> Tensor:
     at = torch.full((), seed, device=x.device) if seed is not None else None
     if at is None:
         at = torch.randint(2**31, (), device=x.device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(x):
         return torch.ops.minigpt.keep(x, p, at)
     return keep(x, p, at)
 

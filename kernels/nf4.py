@@ -192,12 +192,12 @@ def _fill(w: Tensor, it: Quantized, scales: Tensor, begin: int) -> None:
     One look at a table gives the four codes of two bytes.  Memory for a piece is taken once: to
     take it anew for each would cost more than to fill it.
     """
-    if it.packed.device.type == "meta":
-        return
-    quads, end = _quads(w.device), begin + len(w)
     size = min(PIECE, -(-len(w) // it.block) * it.block)
     index = torch.empty(size // 4, dtype=torch.int32, device=w.device)
     codes = torch.empty(size // 4, 4, device=w.device)
+    if it.packed.device.type == "meta":
+        return
+    quads, end = _quads(w.device), begin + len(w)
     for start in range(begin, end, PIECE):
         m = min(PIECE, end - start)
         packed = it.packed[start // 2 : (start + m + 1) // 2]

@@ -111,7 +111,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     [
         (["--memory", "24 gigs"], "--memory is '24 gigs', must be a number of bytes or of KB"),
         (["--memory", "0GB"], "--memory is '0GB'"),
-        (["--memory", "-1GB"], "--memory is '-1GB'"),
+        (["--memory=-1GB"], "--memory is '-1GB'"),
         (["--gpus", "8"], "--gpus 8 share no work: --parallel must be ddp or fsdp"),
         (["--parallel", "ddp"], "--parallel ddp needs --gpus of at least 2"),
         (["--gpus", "0"], "gpus is 0, must be at least 1"),

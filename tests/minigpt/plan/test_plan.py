@@ -48,7 +48,7 @@ def parts_of(plan: Planned, step: Step = STEP, resident: int | None = None) -> d
 # --- bytes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "dora", "prefix", "bias", "freeze"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "prefix", "ia3", "freeze"])
 def test_weights_adapters_and_state_are_those_of_real_tensors(folder: Path, method: str) -> None:
     options = MethodOptions(method=method)
     size = planned(str(folder / "model"), options).sizes
@@ -230,7 +230,7 @@ def test_a_data_sheet_gives_the_longest_of_three() -> None:
     quick = speed.Gpu(1e20, 1e20, 1e20, 1e9, 10**9, "launches alone")
     assert speed.published(one, quick)[speed.PRODUCT] == pytest.approx(3 * speed.LAUNCH)
     sent = speed.Work(one.operations, 3, [], sent=10**9)
-    assert sum(speed.published(sent, quick).values()) == pytest.approx(1.0)
+    assert sum(speed.published(sent, quick).values()) == pytest.approx(1 / speed.U_BYTES)
 
 
 def test_a_recomputed_block_is_dequantised_once_more(folder: Path) -> None:
@@ -256,8 +256,9 @@ def test_real_dequantisations_are_as_many(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(nf4, "_fill", counting)
     ids = torch.zeros(2, 8, dtype=torch.int64)
     language_model_loss(model.train(), {"input_ids": ids, "labels": ids}).backward()
+    really = numbers
     _, _, todo = work(folder, quantize="nf4")
-    assert numbers == todo.dequantized - (64 * 64 + 2 * 64 * 32)
+    assert really == todo.dequantized - (64 * 64 + 2 * 64 * 32)
 
 
 # --- the largest batch --------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import peft_lite
 from minigpt import Bert, BertConfig
@@ -28,6 +30,7 @@ from peft_lite import (
     PrefixConfig,
     PromptConfig,
 )
+from peft_lite.lora import LoraLinear
 from tests.live_bytes import LiveBytes
 from tests.tiny import VOCABULARY, gpt_neo
 
@@ -91,9 +94,9 @@ def traced(model: nn.Module, labelled: int = B * T, **settings: Any) -> Trace:
     return trace(model, language_model_loss, given, labelled, VOCABULARY, **settings)
 
 
-def step(model: nn.Module, labelled: int = B * T, bf16: bool = False) -> None:
+def step(model: nn.Module, given: dict[str, Tensor] | None = None, bf16: bool = False) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = language_model_loss(model, batch(labelled))  # type: ignore[arg-type]
+        loss = language_model_loss(model, given or batch())  # type: ignore[arg-type]
     loss.backward()
 
 
@@ -101,8 +104,9 @@ def most_live(model: nn.Module, labelled: int = B * T, bf16: bool = False) -> in
     """The most bytes of tensors that a real step has at once."""
     model.train()
     torch.manual_seed(0)
+    given = batch(labelled)  # a trace is given it, too
     with LiveBytes() as live:
-        step(model, labelled, bf16)
+        step(model, given, bf16)
     model.zero_grad()
     return live.most
 
@@ -111,20 +115,28 @@ def most_live(model: nn.Module, labelled: int = B * T, bf16: bool = False) -> in
 SMALL = 256
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("kind", [gpt_neo, llama], ids=["gpt_neo", "llama"])
-def test_the_peak_is_that_of_a_real_step(name: str, kind: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(gpt_neo, name) for name in CONFIGS] + [(llama, name) for name in CONFIGS if name != "bias"],
+)
+def test_the_peak_is_that_of_a_real_step(kind: Callable[[], nn.Module], name: str) -> None:
     model = attached(kind(), name)
-    assert traced(model).peak == pytest.approx(most_live(model), abs=SMALL)
+    more = traced(model).peak - most_live(model)
+    # NumPy makes the masks of dropout, which a real step's count does not see: the bits of all
+    # layers, and one mask of a byte an element
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
+    widths = [m.lora_a.size(1) for m in layers if "dropout" in name]
+    unseen = B * T * (sum(widths) // 8 + max(widths, default=0))
+    assert -SMALL <= more <= SMALL + unseen
 
 
-@pytest.mark.parametrize("labelled", [1, 7])
+@pytest.mark.parametrize("labelled", [7, 13])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_labels_and_autocast_count(labelled: int, bf16: bool) -> None:
-    model = attached(gpt_neo(), "lora")
+    model = attached(gpt_neo(vocab_size=4099), "lora")  # the logits outweigh all else
     peak = traced(model, labelled, bf16=bf16).peak
     assert peak == pytest.approx(most_live(model, labelled, bf16), abs=SMALL)
-    assert peak != pytest.approx(traced(model).peak, abs=SMALL)
+    assert peak < 0.7 * traced(model, bf16=bf16).peak  # of 30 labels
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -146,8 +158,7 @@ def test_weights_of_4_bits(method: str, bf16: bool) -> None:
     step(model, bf16=bf16)  # tables that are made once
     model.zero_grad()
     peak = most_live(model, bf16=bf16)
-    # decoding takes some memory for a piece of a weight, of which a trace knows nothing
-    assert traced(model, bf16=bf16).peak == pytest.approx(peak, rel=0.1)
+    assert traced(model, bf16=bf16).peak == pytest.approx(peak, rel=0.02)  # decoding's small parts
     step(model, bf16=bf16)  # and nothing of the trace stays behind
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -180,15 +191,16 @@ def test_kept_is_what_autograd_saves() -> None:
     model = attached(gpt_neo(), "full").train()
     given = batch()
     left_out = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *given.values())}
-    saved: dict[int, Tensor] = {}
+    saved: dict[int, tuple[ref[Any], int]] = {}  # by address: a storage, and its bytes
 
     def pack(t: Tensor) -> Tensor:
-        saved[t.untyped_storage().data_ptr()] = t
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = ref(storage), storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = language_model_loss(model, given)  # type: ignore[arg-type]
-    size = sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in left_out)
+    size = sum(n for p, (alive, n) in saved.items() if p not in left_out and alive() is not None)
     of_loss = B * T * 32 * 4 + VOCABULARY * 32 * 4  # d loss / dx, and that of the tied head
     assert traced(model).kept == pytest.approx(size + of_loss, abs=SMALL + 8 * B * T)  # positions
     del loss
@@ -198,12 +210,13 @@ def test_kept_of_a_gpt_neo_by_hand() -> None:
     """A block keeps the inputs and outputs of its two norms with mean and deviation, q, k, v, what
     attention gives with a sum a head, and before and after the activation 4 D each:
     16 D + H + 4 numbers a token; beside them the last norm's input and the gradient of the states,
-    and the head's gradient, which the loss computes at once.
+    and the head's gradient, which the loss computes at once.  A local block keeps its mask.
     """
     D, H, L, M = 32, 4, 5, B * T
     model = attached(gpt_neo(num_layers=L), "full")
     numbers = L * M * (16 * D + H + 4) + M * (2 * D + 2) + VOCABULARY * D
-    assert traced(model).kept == pytest.approx(4 * numbers, abs=SMALL)
+    masks, positions = 2 * 4 * T * T, 8 * T  # of the two local blocks
+    assert traced(model).kept == pytest.approx(4 * numbers + masks + positions, abs=8)
 
 
 def test_gradients_are_those_of_what_trains() -> None:
@@ -238,7 +251,7 @@ def test_parts_are_named() -> None:
         B * T,
         4099,
     ).parts
-    rows = B * T * 4 * (4099 + -4099 % 16)
+    rows = B * T * 4 * 4099
     assert rows <= parts[LOGITS] <= 3 * rows
     assert parts[ACTIVATIONS] > 0
 
@@ -263,17 +276,30 @@ def counted(t: Trace) -> int:
     return sum(n * speed.flops(op) for op, n in t.operations.items())
 
 
+class Flops(TorchDispatchMode):
+    """Those of products, by the formulas of torch's counter, which itself does not bear a backward
+    pass within a forward pass, as the loss has.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in flop_registry and "scaled_dot_product" not in str(packet):
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 @pytest.mark.parametrize("name", ["full", "ia3", "bottleneck", "bias"])
 def test_flops_are_those_of_torch(name: str) -> None:
     """Of products, without LoRA's addmm_, which torch's counter does not know."""
     model = attached(gpt_neo(), name)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as theirs:
         step(model.train())
-    theirs = counter.get_flop_counts()["Global"]
     ours = traced(model).operations.items()
-    assert sum(n * speed.flops(op) for op, n in ours if speed.kind(op) == speed.PRODUCT) == sum(
-        n for op, n in theirs.items() if "scaled_dot_product" not in str(op)
-    )
+    products = sum(n * speed.flops(op) for op, n in ours if speed.kind(op) == speed.PRODUCT)
+    assert products == theirs.total > 0
 
 
 def test_flops_of_lora_are_those_of_its_equations() -> None:
