@@ -69,7 +69,8 @@ def named(given: dict[str, object]) -> list[str]:
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     bundled = {*BUNDLED, *TALES, *REVIEWS, *conversations.BUNDLED}
-    made: set[str] = set(re.findall(r'to_json\(f"(\w+)/', page.read_text()))
+    programs = re.findall(r'to_json\(f"(\w+)/|open\("([\w.]+)", "w"\)', page.read_text())
+    made = {name for names in programs for name in names}
     for line in lines(page):
         program, *words = shlex.split(line)
         if program == "make":

@@ -15,7 +15,8 @@ from minigpt.commands.cli import main
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     for method, options in demo.METHODS.items():
-        short = ["--steps", "8", "--evaluate-every", "4", "--out", str(folder / method)]
+        short = ["--steps", "8", "--evaluate-every", "4", "--heldout", "0.02"]
+        short += ["--batch-size", "4", "--out", str(folder / method)]
         assert main(["finetune", "--method", method, *demo.COMMON, *options, *short]) == 0
     return folder
 

@@ -211,16 +211,21 @@ def test_what_the_terminal_cannot_show_is_escaped(
     assert "🦊" in (tmp_path / "run/sample.txt").read_text(encoding="utf-8")
 
 
-def test_bytes_that_are_no_text_in_arguments(base: Path, tmp_path: Path) -> None:
-    prompt = [*arguments("generate", base, tmp_path), "--prompt", b"bad\xff\x1b[31m"]
+def test_bytes_that_are_no_text_in_arguments(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = b"/no\xff\x1b[31m"
+    model = ["generate", "--prompt", "a", "--model"]
+    prompt = [*arguments("generate", base, tmp_path), "--prompt"]
     for given, reason in (
-        (prompt, rb"half of a surrogate pair, character 3"),
-        (["generate", "--prompt", "a", "--model", b"/no\xff\x1b[31m"], rb"/no\\udcff"),
-        (["\x1b[31mtune"], rb"\\x1b\[31mtune"),
+        ([*prompt, os.fsdecode(bad)], r"half of a surrogate pair, character 3"),
+        ([*model, os.fsdecode(bad)], r"/no\\udcff"),
+        (["\x1b[31mtune"], r"\\x1b\[31mtune"),
     ):
-        done = process(*given)
-        assert done.returncode == 2
-        assert re.fullmatch(rb"minigpt: error: [ -~]*" + reason + rb"[ -~]*\n", done.stderr)
+        assert re.fullmatch(rf"minigpt: error: [ -~]*{reason}[ -~]*\n", refused(given, capsys))
+    done = process(*model, bad)
+    assert done.returncode == 2
+    assert re.fullmatch(rb"minigpt: error: [ -~]*/no\\udcff[ -~]*\n", done.stderr)
     odd = os.fsencode(tmp_path) + b"/odd\xff"
     Path(os.fsdecode(odd)).write_bytes((base / "text.txt").read_bytes())
     run = [*arguments("finetune", base, tmp_path), "--text", odd, "--out", odd + b" run"]

@@ -123,7 +123,8 @@ def test_what_is_no_template_is_refused(
         "{% include '/etc/passwd' %}",
     ],
 )
-def test_a_template_can_do_no_harm(source: str) -> None:
+def test_a_template_can_do_no_harm(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minigpt.data.chat.MOST_TURNS", 2**14)  # of macros, a second
     template = ChatTemplate(source, {})
     messages = [dict(USER)]
     with pytest.raises(ValueError, match="the chat template fails: "):
