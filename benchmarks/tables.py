@@ -264,10 +264,10 @@ def every_step(folder: Path) -> str:
 
 ALIGNMENT = """\
 A step of supervised fine-tuning (4 x 128 tokens), of DPO (4 pairs of 96 tokens) and of GRPO (8
-completions of 32 tokens after a prompt of 32, drawn in the step) on SmolLM2-135M (Q4_1 weights,
-expanded to fp32) with LoRA, beside trl's trainers.  Medians, and ours over the quickest other side,
-round by round; peak is the most memory of a process after three steps, and that of trl.  What has
-no line is not measured yet."""
+completions of 32 tokens after a prompt of 32, drawn in the step; `grpo-update` is the update alone,
+on given ones) on SmolLM2-135M (Q4_1 weights, expanded to fp32) with LoRA, beside trl's trainers.
+Medians, and ours over the quickest other side, round by round; peak is the most memory of a process
+after three steps, and that of trl.  What has no line is not measured yet."""
 
 
 def alignment(folder: Path) -> str:
@@ -277,8 +277,10 @@ def alignment(folder: Path) -> str:
         cells = [f"{quartiles(s)[1]:.3g} s" if s else "" for s in seconds.values()]
         others = [s for side, s in seconds.items() if side != OURS]
         peaks = {r["side"]: int(r["peak_bytes"]) for r in taken if r["peak_bytes"]}
-        ours, theirs = peaks[OURS], peaks[TRL]
-        memory = [f"{ours / 1e9:.3g} GB", f"{theirs / 1e9:.3g} GB", f"{ours / theirs:.2f}"]
+        memory = [""] * 3
+        if peaks:
+            ours, theirs = peaks[OURS], peaks[TRL]
+            memory = [f"{ours / 1e9:.3g} GB", f"{theirs / 1e9:.3g} GB", f"{ours / theirs:.2f}"]
         return [*task, *cells, *_against_best(seconds[OURS], others), *memory]
 
     more = [f"{OURS} / best", "quartiles", "peak", f"peak of {TRL}", "ratio"]
