@@ -35,6 +35,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "clipped_update_gpu.csv": ("kernels",),
     "nf4.csv": ("kernels",),
     "qlora.csv": (*TRAINING, "minigpt/checkpoints"),
+    "qlora_resumed.csv": (*TRAINING, "minigpt/checkpoints"),
     "qlora_four_layers.csv": (*TRAINING, "minigpt/checkpoints"),
     "parallel.csv": TRAINING,
     "plan.csv": (*TRAINING, "minigpt/checkpoints", "minigpt/plan"),

@@ -4,7 +4,8 @@ Random weights in bfloat16 (tools/random_checkpoint.py) are loaded into 4 bits; 
 every linear layer trains on random tokens, with activation checkpointing, in float32.
 
     whole         all 32 layers, ours alone, its optimizer's state paged: load, steps, the adapter
-                  saved, and one more step of the run resumed in a new process
+                  saved; then the run is cut off
+    resumed       one step more of that run, in a new process: the folder is that of `whole`
     four layers   the first four layers, ours and transformers + bitsandbytes + peft in turn, each
                   time a new process: load, then some steps
 
@@ -12,8 +13,9 @@ Peak is the most main memory that a process held, mapped files included; `anonym
 file backs, the most that was seen in samples of 20 ms.  Both sides give large freed blocks back to
 the system (`memory.map_large_blocks`), as `minigpt finetune --quantize` does.
 
-    python -m benchmarks.qlora --part whole        -> results/qlora.csv
-    python -m benchmarks.qlora --part four-layers  -> results/qlora_four_layers.csv
+    python -m benchmarks.qlora --part whole --folder DIR    -> results/qlora.csv
+    python -m benchmarks.qlora --part resumed --folder DIR  -> results/qlora_resumed.csv
+    python -m benchmarks.qlora --part four-layers           -> results/qlora_four_layers.csv
     columns: what (load, step, resumed step, adapter), side, round, tokens, seconds, peak_bytes,
              anonymous_bytes
 """
@@ -22,7 +24,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +44,11 @@ from peft_lite import LoraConfig
 from tools import random_checkpoint
 
 RANK, ALPHA, LR = 64, 16, 2e-4
-PARTS = {"whole": (32, 256, "qlora.csv"), "four-layers": (4, 512, "qlora_four_layers.csv")}
+PARTS = {
+    "whole": (32, 256, "qlora.csv"),
+    "resumed": (32, 256, "qlora_resumed.csv"),
+    "four-layers": (4, 512, "qlora_four_layers.csv"),
+}
 SAMPLE = 0.02  # seconds
 
 Rows = list[dict[str, object]]
@@ -159,18 +165,22 @@ def numbered(round: int, run: Callable[[], Rows]) -> Rows:
 
 @contextmanager
 def checkpoint(layers: int, folder: Path | None, **shape: Any) -> Iterator[Path]:
-    """A random checkpoint: in `folder`, where it stays, or in a folder of its own."""
-    with TemporaryDirectory(dir=folder) as own:
-        random_checkpoint.write(Path(own) / "model", layers, **shape)
-        yield Path(own) / "model"
+    """A random checkpoint: in `folder`, where it stays and is taken again, or in one that goes."""
+    with nullcontext(folder) if folder else TemporaryDirectory() as place:
+        model = Path(place) / f"{layers}-layers" / "model"
+        if not (model / random_checkpoint.INDEX).exists():
+            random_checkpoint.write(model, layers, **shape)
+        yield model
 
 
 def main() -> None:
     parser = options(__doc__ or "", rounds=3)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--steps", type=int, default=11, help="steps of a process (default: 11)")
-    parser.add_argument("--folder", type=Path, help="where 15 GB have room (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="where 15 GB have room, and stay")
     given = parser.parse_args()
+    if given.part != "four-layers" and given.folder is None:
+        parser.error(f"--part {given.part} needs --folder: a part goes on where another stopped")
     layers, length, file = PARTS[given.part]
 
     def run(function: Callable[..., Rows], *arguments: Any, **named: Any) -> Rows:
@@ -178,11 +188,14 @@ def main() -> None:
 
     with checkpoint(layers, given.folder) as directory:
         measures: dict[str, Callable[[], Rows]] = {}
+        out = directory.with_name("run")
+        if given.part == "resumed" and not out.exists():
+            parser.error(f"{out} does not exist: --part whole makes it")
         if given.part == "whole":
-            out = directory.with_name("run")
             measures["whole"] = lambda: numbered(
                 1, lambda: run(ours, directory, length, given.steps, out)
             )
+        elif given.part == "resumed":
             measures["resumed"] = lambda: run(
                 ours, directory, length, given.steps, out, resume=True
             )

@@ -18,10 +18,11 @@ checkpointing. Peak is the most main memory that the process held until then, ma
 anonymous, what of it no file backs."""
 WHOLE = """\
 All 32 layers, one row of 256 tokens a step, the optimizer's state paged. After the last step the
-run is cut off; a new process resumes it for one step more."""
+run is cut off; later a new process resumes it for one step more."""
 FOUR = """\
 The first four layers, one row of 512 tokens a step, beside transformers, bitsandbytes and peft:
 each load and its steps in a new process, in turn."""
+RESUMED = "qlora_resumed.csv"
 TITLES = {
     "load": "load into 4 bits",
     "step": "a step",
@@ -39,7 +40,12 @@ def section(folder: Path) -> str:
     ):
         if (folder / file).exists():
             facts, rows = read(folder / file)
-            text += [about, measured_on(facts), table(rows)]
+            text += [about, measured_on(facts)]
+            if table is whole and (folder / RESUMED).exists():
+                facts, resumed = read(folder / RESUMED)
+                rows = [*rows, *(row for row in resumed if row["what"] == "resumed step")]
+                text.append(f"The resumed step: {measured_on(facts)}")
+            text.append(table(rows))
         else:
             part = "whole" if table is whole else "four-layers"
             text += [about, f"Not measured yet: `python -m benchmarks.qlora --part {part}` does."]

@@ -99,7 +99,7 @@ def rows(name: str, method: str) -> list[list[str]]:
             parts["optimizer state"],
             parts["activations"],
         ]
-        cells = [f"{value / 1e9:.3g}" for value in (*named, total - sum(named), total)]
+        cells = [gigabytes(value) for value in (*named, total - sum(named), total)]
         tokens = W * step.tokens / seconds
         lines.append(
             [
@@ -110,6 +110,11 @@ def rows(name: str, method: str) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def gigabytes(size: int) -> str:
+    """To three digits, and a thousandth at most."""
+    return f"{size / 1e9:.3g}" if size >= 1e6 else "0.001" if size >= 5e5 else "0"
 
 
 def computed(names: tuple[str, ...] = tuple(SIZES)) -> str:

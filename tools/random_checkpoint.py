@@ -32,6 +32,7 @@ VISTRAL: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 DEVIATION = 0.02
+INDEX = "model.safetensors.index.json"  # written last
 
 
 def shards(model: Model) -> Iterator[dict[str, Tensor]]:
@@ -63,7 +64,7 @@ def write(out: Path, layers: int, **shape: Any) -> None:
         file = f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors"
         storage.write_tensors(out / file, tensors)
         places |= dict.fromkeys(tensors, file)
-    storage.write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    storage.write_json(out / INDEX, {"metadata": {}, "weight_map": places})
 
 
 def main() -> None:

@@ -55,6 +55,16 @@ def test_a_run_that_was_cut_off_goes_on(tiny: Path, tmp_path: Path) -> None:
     assert [row["what"] for row in again] == ["load", *["resumed step"] * 2, "adapter"]
 
 
+def test_a_checkpoint_is_made_once(tmp_path: Path) -> None:
+    with qlora.checkpoint(1, tmp_path, **TINY) as first:
+        made = {file: file.stat().st_mtime_ns for file in first.iterdir()}
+    with qlora.checkpoint(1, tmp_path, **TINY) as again:
+        assert {file: file.stat().st_mtime_ns for file in again.iterdir()} == made
+    with qlora.checkpoint(1, None, **TINY) as short:
+        assert short.exists()
+    assert not short.exists()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_other_side_runs(tiny: Path) -> None:
@@ -76,7 +86,10 @@ def test_the_tables_are_the_medians_of_the_files(tmp_path: Path) -> None:
                 "peak_bytes": int(peak * 1e9), "anonymous_bytes": int(peak * 5e8)}  # fmt: skip
 
     run = [row("load", OURS, 1, 100, 4), *(row("step", OURS, 1, s, 8) for s in (64, 32, 128))]
-    write(tmp_path / "qlora.csv", 2, [*run, row("resumed step", OURS, 0, 50, 9)])
+    write(tmp_path / "qlora.csv", 2, run)
+    assert "| the resumed step | not measured |" in qlora_tables.section(tmp_path)
+    again = [row("load", OURS, 0, 200, 5), row("resumed step", OURS, 0, 50, 9)]
+    write(tmp_path / "qlora_resumed.csv", 2, again)
     sides = [
         row(what, side, number, number * seconds * factor, factor)
         for number in (1, 2, 3)
