@@ -38,6 +38,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "qlora_resumed.csv": (*TRAINING, "minigpt/checkpoints"),
     "qlora_four_layers.csv": (*TRAINING, "minigpt/checkpoints"),
     "parallel.csv": TRAINING,
+    "parallel_alone.csv": TRAINING,
     "plan.csv": (*TRAINING, "minigpt/checkpoints", "minigpt/plan"),
     "probe.csv": (),  # of the machine, not of this project's code
 }

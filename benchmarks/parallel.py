@@ -1,5 +1,5 @@
-"""Memory by process, and what the collectives move, of full fine-tuning of GPT-Neo-125M on 1, 2 and
-4 processes of this machine, connected by gloo.
+"""What several processes need and send, of full fine-tuning of GPT-Neo-125M on 1, 2 and 4 processes
+of this machine, connected by gloo; and what torchrun costs one process.
 
 Each process builds the model of random weights, spreads it, and makes three steps of one
 micro-batch a process, 1 x 128 tokens.  Memory is the system's own account (VmHWM) from the
@@ -7,13 +7,18 @@ moment that the model is spread; beside it stands what the tensors that stay tak
 gradients, m and v, 16 bytes for each parameter that the process has.  What is sent is counted at
 the collectives' operators, and computed by docs/scale.md.
 
-    python -m benchmarks.parallel                 -> results/parallel.csv
+One process: `minigpt finetune` of the bundled model by itself and started by torchrun, in turn.
+
+    python -m benchmarks.parallel            -> results/parallel.csv, results/parallel_alone.csv
     columns: way, processes, rank, kept_bytes, computed_bytes, peak_bytes, moved_bytes, theory_bytes
+             side, round, seconds (of the median step)
 """
 
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +39,7 @@ from minigpt.training import memory, parallel
 from minigpt.training.train import train
 
 STEPS = 3
+RUN = ("finetune", "--model", "bundled", "--text", "bundled-carroll", "--method", "lora")
 WAYS = (("none", 1), *((way, size) for way in ("ddp", "fsdp") for size in (2, 4)))
 
 
@@ -77,7 +83,7 @@ def theory(way: str, size: int, whole: int, shared: int) -> float:
     return (2 * (whole - shared) + shared + whole) * ring
 
 
-def measure(way: str, size: int, rank: int, port: int, out: Path) -> None:
+def measure(way: str, size: int, rank: int, port: int, out: Path, shape: Mapping[str, Any]) -> None:
     """One process; it writes its row."""
     torch.set_num_threads(1)
     if size > 1:
@@ -86,14 +92,14 @@ def measure(way: str, size: int, rank: int, port: int, out: Path) -> None:
         )
     torch.manual_seed(0)
     before = memory.resident()
-    model = GPTNeo(GPTNeoConfig())
+    model = GPTNeo(GPTNeoConfig(**shape))
     model.requires_grad_(True)
     whole = sum(p.nbytes for p in model.parameters())
     shared = whole - sum(p.nbytes for p in model.blocks.parameters())
     spread = parallel.spread(model, way, torch.device("cpu"), bf16=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     moved = Moved(size)
-    rows = {k: v[:1] for k, v in batch(0).items()}
+    rows = {k: v[:1] % model.config.vocab_size for k, v in batch(0).items()}
     with moved:
         train(
             *(model, language_model_loss, lambda i: rows),
@@ -117,7 +123,7 @@ def measure(way: str, size: int, rank: int, port: int, out: Path) -> None:
         distributed.destroy_process_group()
 
 
-def measured(way: str, size: int) -> list[dict[str, object]]:
+def measured(way: str, size: int, **shape: Any) -> list[dict[str, object]]:
     """The rows of all processes."""
     with TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))
@@ -125,8 +131,10 @@ def measured(way: str, size: int) -> list[dict[str, object]]:
         free.close()
         os.environ["OMP_NUM_THREADS"] = "1"
         started = [
-            get_context("spawn").Process(target=measure, args=(way, size, r, port, Path(folder)))
-            for r in range(size)
+            get_context("spawn").Process(
+                target=measure, args=(way, size, rank, port, Path(folder), shape)
+            )
+            for rank in range(size)
         ]
         for process in started:
             process.start()
@@ -137,10 +145,27 @@ def measured(way: str, size: int) -> list[dict[str, object]]:
         return [json.loads((Path(folder) / f"{r}.txt").read_text()) for r in range(size)]
 
 
+def alone(threads: int, number: int, steps: int = 40) -> list[dict[str, object]]:
+    """The median step of a run in one process, without torchrun and with it."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    rows: list[dict[str, object]] = []
+    for side, start, way in (("python", [], "none"), ("torchrun", torchrun, "ddp")):
+        with TemporaryDirectory() as folder:
+            run = [*RUN, "--steps", str(steps), "--parallel", way, "--out", folder + "/run"]
+            command = [sys.executable, *start, "-m", "minigpt", *run]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+        rows.append({"side": side, "round": number, "seconds": summary["step_seconds"]})
+    return rows
+
+
 def main() -> None:
-    given = options(__doc__ or "").parse_args()
+    given = options(__doc__ or "", rounds=7).parse_args()
     measures = {f"{way} {size}": partial(measured, way, size) for way, size in WAYS}
     write_each(given.out / "parallel.csv", 1, measures)
+    turns = {f"alone {i}": partial(alone, given.threads, i) for i in range(1, given.rounds + 1)}
+    write_each(given.out / "parallel_alone.csv", given.threads, turns)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import clipped_update, lora_tables, nf4, qlora_tables
+from benchmarks import clipped_update, lora_tables, nf4, parallel_tables, qlora_tables
 from benchmarks.alignment import TRL
 from benchmarks.common import OURS, RESULTS, SIDES, THEIRS, quartiles, read
 from benchmarks.figures import measured_on, provenance
@@ -432,6 +432,7 @@ def full(folder: Path) -> str:
     text += ["", "### Preferences and rewards", "", alignment(folder)]
     text += ["", "### A weight of 4 bits", "", four_bits(folder)]
     text += ["", "### QLoRA at seven billion parameters", "", qlora_tables.section(folder)]
+    text += ["", "### Several processes", "", parallel_tables.section(folder)]
     text += ["", "### Clip and update", "", clip_and_update(folder)]
     return "\n".join(text)
 
