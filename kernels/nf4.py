@@ -186,8 +186,8 @@ def _quantize_scales(it: Quantized) -> Quantized:
 
 
 def _fill(w: Tensor, it: Quantized, scales: Tensor, begin: int) -> None:
-    """Writes the numbers from `begin` on, the first of a block, into w (m,); where the codes lie on
-    the meta device there are none.
+    """Writes the numbers from `begin` on, the first of a block, into w (m,); there are none where
+    either lies on the meta device.
 
     One look at a table gives the four codes of two bytes.  Memory for a piece is taken once: to
     take it anew for each would cost more than to fill it.
@@ -195,7 +195,7 @@ def _fill(w: Tensor, it: Quantized, scales: Tensor, begin: int) -> None:
     size = min(PIECE, -(-len(w) // it.block) * it.block)
     index = torch.empty(size // 4, dtype=torch.int32, device=w.device)
     codes = torch.empty(size // 4, 4, device=w.device)
-    if it.packed.device.type == "meta":
+    if w.is_meta or it.packed.is_meta:
         return
     quads, end = _quads(w.device), begin + len(w)
     for start in range(begin, end, PIECE):
