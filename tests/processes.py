@@ -3,7 +3,6 @@ has imported PyTorch, and starts in hundredths of a second.
 """
 
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
@@ -64,16 +63,17 @@ class Command:
 
 
 class Torchrun:
-    """Such processes as torchrun would start them: the command in each, with its rank.
+    """Such processes as torchrun would start them: the command in each, with its rank.  As there,
+    the store by which they meet is no process's of the run.
 
     Args:
         printed: a folder for what they print, RANK/stdout and RANK/stderr.
     """
 
     def __init__(self, size: int, arguments: Sequence[str], printed: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        from torch.distributed import TCPStore
+
+        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.commands = []
         for rank in range(size):
             folder = printed / str(rank)
@@ -83,7 +83,9 @@ class Torchrun:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(size),
                 "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(self.store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
             }
             self.commands.append(Command(arguments, folder, environment=environment))
 
