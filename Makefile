@@ -2,18 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-minigpt test-others lint kernels bench bench-gpu figures mutants clean
+.PHONY: demo test test-others test-runs test-minigpt lint kernels bench bench-gpu figures mutants clean
 
 demo: .venv/demo          ## fine-tune the bundled model three ways
 	$(BIN)/python -m minigpt.commands.demo
 
-test: test-minigpt test-others        ## the whole suite; `make -j2 test` has a core for each half
-
-test-minigpt: .venv/test
-	$(BIN)/python -m pytest tests/minigpt
+test: test-others test-runs test-minigpt        ## the whole suite; `make -j2 test` on two cores
 
 test-others: .venv/test
 	$(BIN)/python -m pytest tests --ignore tests/minigpt
+
+RUNS := tests/minigpt/commands tests/minigpt/training
+
+test-runs: .venv/test
+	$(BIN)/python -m pytest $(RUNS)
+
+test-minigpt: .venv/test
+	$(BIN)/python -m pytest tests/minigpt $(RUNS:%=--ignore %)
 
 lint: .venv/test          ## style and types
 	$(BIN)/ruff check .
