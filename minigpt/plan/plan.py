@@ -127,7 +127,7 @@ class Planned:
         )
         if resident is None:
             return {**parts, memory.LIBRARIES: memory.CONTEXT}
-        mapped = LARGE if self.packed else None
+        mapped = LARGE if self.packed or step.parallel == "fsdp" else None
         return memory.on_cpu(parts, self.sizes, traced, resident, mapped)
 
     def work(self, step: Step, traced: Trace) -> speed.Work:

@@ -23,6 +23,7 @@ gradients, by the ring algorithms (docs/scale.md):
 Shapes:  W processes   w this one, which has ceil(n / W) of the n rows of a parameter, or the rest
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.data.order import number_of
+from minigpt.training import memory
 from minigpt.training.processes import Processes, group, started
 from minigpt.training.snapshot import fingerprint
 from peft_lite.quantized import QuantizedLinear, is_quantized
@@ -106,9 +108,11 @@ class Replicated(Alone):
     def __init__(self, model: nn.Module, processes: Processes) -> None:
         super().__init__(model, processes)
         processes.check_same("the base model", self.frozen)
-        self.replica = nn.parallel.DistributedDataParallel(
-            Root(model), broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():  # its next name is not known to earlier versions
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.replica = nn.parallel.DistributedDataParallel(
+                Root(model), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def run(self, function: Callable[..., T], *inputs: Any) -> T:
         if not torch.is_grad_enabled():
@@ -288,6 +292,7 @@ def spread(model: nn.Module, how: str, device: torch.device, bf16: bool) -> Alon
     for p in trained(model).values():  # what is new in them was drawn
         torch.distributed.broadcast(p.data, 0)
     if how == "fsdp":
+        memory.map_large_blocks()  # what is gathered comes and goes: a heap would keep its holes
         return Sharded(model, processes, device, bf16)
     return Replicated(model, processes)
 
