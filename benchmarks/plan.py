@@ -7,6 +7,7 @@ weights are in 4 bits both give large freed blocks back, as `minigpt finetune --
 
     python -m benchmarks.plan                     -> results/plan.csv
     python -m benchmarks.plan --case bundled-full bundled-qlora
+Without bfloat16 instructions neo-full-bf16 and neo-lora-narrow take an hour: name the others.
     columns: case, what the case is, predicted_bytes, peak_bytes, memory_error, predicted_seconds,
              seconds, time_error; an error is predicted / measured - 1
 """
