@@ -72,7 +72,8 @@ def finetune(settings: Finetune, out: Path, resume: bool) -> dict[str, object]:
     directory = find(settings.model)
     tokenizer = Tokenizer.load(directory)
     objective = OBJECTIVES[settings.objective]
-    place = device if settings.parallel != "fsdp" else "cpu"  # slices alone go to the device
+    sharded = settings.parallel == "fsdp" and processes.size > 1
+    place = "cpu" if sharded else device  # slices alone go to the device
     model = load(directory, objective.head, device=place, quantize=settings.quantize)
     tokenizer.check(model.config.vocab_size)
     if any(map(is_quantized, model.modules())):  # then memory counts more than time

@@ -6,21 +6,19 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-import minigpt
+from minigpt.commands import finetune
 from minigpt.commands.cli import main
-from minigpt.data.tokenizer import Tokenizer
 from tests import tiny
-from tests.processes import Torchrun
+from tests.processes import Torchrun, torchrun
 
 ROOT = Path(__file__).parents[3]
 STEPS = 6
@@ -28,16 +26,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory with its tokenizer, and text.txt beside them."""
-    folder = tmp_path_factory.mktemp("base")
-    words = random.Random(0).choices(["sea", "whale", "ship", "the", "a", "saw", "old"], k=1500)
-    text = "".join(w + ("\n" if i % 9 == 8 else " ") for i, w in enumerate(words))
-    (folder / "text.txt").write_text(text)
-    tokenizer = Tokenizer.train([text], 270)
-    tokenizer.save(folder)
-    model = tiny.gpt_neo(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, dropout=0.1)
-    minigpt.save(model, folder)
-    return folder
+    return tiny.folder(tmp_path_factory.mktemp("base"))
 
 
 def options(base: Path, out: Path, how: str, *more: str, steps: int = STEPS) -> list[str]:
@@ -227,19 +216,31 @@ def test_forty_kills(base: Path, undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_torchrun_itself(base: Path, tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, "-m", "minigpt", *options(base, tmp_path / "out", "fsdp", steps=2)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools' / 'path'}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = ["-m", "minigpt", *options(base, tmp_path / "out", "fsdp", steps=2)]
+    done = torchrun(["--nproc-per-node", "2", *command], tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(rows(tmp_path / "out")) == 2
     assert done.stdout.count("heldout_loss_after") == 1
     assert done.stderr.count("step 1/2") == 1
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_one_process_loads_the_model_where_it_trains(
+    how: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parameters are no slices, so that nothing would bring them to a GPU later."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(finetune.Finetune, "find_device", lambda self: torch.device("meta"))
+    places = []
+
+    def load(*arguments: object, device: object, **settings: object) -> None:
+        places.append(device)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(finetune, "load", load)
+    with pytest.raises(SystemExit, match="2"):
+        main(options(base, tmp_path / "out", how))
+    assert places == [torch.device("meta")]
 
 
 def test_a_compiled_run_is_of_one_process(
