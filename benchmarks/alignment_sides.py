@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_model import NAME, text
-from benchmarks.sides import LR, shifted
-from minigpt import TrainConfig, load
+from benchmarks.sides import LR, our_step, shifted
+from minigpt import load
 from minigpt.data.text import IGNORED, Batch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
@@ -28,8 +28,7 @@ from minigpt.objectives.reinforcement import REINFORCEMENTS, Options, Round
 from minigpt.settings.methods import MethodOptions, attach
 from minigpt.training.parallel import trained
 from minigpt.training.rounds import Prompt, Rounds, Sampler
-from minigpt.training.train import Loss, training_step
-from minigpt_kernels import ClippedAdamW
+from minigpt.training.train import Loss
 from peft_lite import Handle
 
 BETA_DPO, BETA_GRPO = 0.1, 0.04
@@ -109,9 +108,6 @@ def adapted(directory: Path) -> tuple[Any, Handle]:
 
 def ours(directory: Path, what: str) -> Step:
     model, handle = adapted(directory)
-    model.train()
-    settings = TrainConfig(steps=1, lr=LR, schedule="constant")
-    optimizer = ClippedAdamW(trained(model).values(), LR, weight_decay=settings.weight_decay)
     batches: Callable[[int], Batch]
     loss: Loss
     if what == "sft":
@@ -129,8 +125,10 @@ def ours(directory: Path, what: str) -> Step:
             batches = partial(our_given_round, given_rounds(directory), chosen)
         loss = partial(objective.loss, options=chosen)
 
+    run = our_step(model, loss, batches)
+
     def step(i: int) -> tuple[float, float]:
-        row = training_step(model, loss, [batches(i)], optimizer, settings, 0)
+        row = run(i)
         return row["loss"], row["gradient_norm"]
 
     return step

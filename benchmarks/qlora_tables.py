@@ -44,7 +44,7 @@ def section(folder: Path) -> str:
             if table is whole and (folder / RESUMED).exists():
                 facts, resumed = read(folder / RESUMED)
                 rows = [*rows, *(row for row in resumed if row["what"] == "resumed step")]
-                text.append(f"The resumed step: {measured_on(facts)}")
+                text.append(f"The resumed step is a measurement of its own. {measured_on(facts)}")
             text.append(table(rows))
         else:
             part = "whole" if table is whole else "four-layers"

@@ -88,14 +88,12 @@ def their_model(directory: Path, method: str) -> nn.Module:
     return model.train()
 
 
-def our_step(
-    model: nn.Module, loss: Loss, batches: Callable[[int], Batch]
-) -> Callable[[int], float]:
-    """Number of a batch -> its loss, by `minigpt.train`'s step outside its loop."""
+def our_step(model: nn.Module, loss: Loss, batches: Callable[[int], Batch]) -> Callable[[int], Row]:
+    """Number of a batch -> its row of metrics, by `minigpt.train`'s step outside its loop."""
     settings = config(1)
     optimizer = ClippedAdamW(trained(model).values(), LR, weight_decay=settings.weight_decay)
     model.train()
-    return lambda i: training_step(model, loss, [batches(i)], optimizer, settings, 0)["loss"]
+    return lambda i: training_step(model, loss, [batches(i)], optimizer, settings, 0)
 
 
 def their_step(model: nn.Module) -> Callable[[Tensor], float]:

@@ -3,12 +3,15 @@ has imported PyTorch, and starts in hundredths of a second.
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import TracebackType
 
+ROOT = Path(__file__).parents[1]
 PRELOADED = ["torch", "minigpt.commands.cli", "minigpt.commands.finetune"]
 
 
@@ -60,6 +63,19 @@ class Command:
     ) -> None:  # fmt: skip
         self.kill()
         self.process.join()
+
+
+def torchrun(arguments: Sequence[str], cwd: Path) -> CompletedProcess[str]:
+    """torchrun itself with these arguments, in the folder, to its end."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tools" / "path")])
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 class Torchrun:

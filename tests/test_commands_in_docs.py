@@ -5,12 +5,8 @@ smaller and nothing else.  One that needs what is not in the package, a model of
 is not run: its arguments are parsed, and each file that it names is made by an earlier line.
 """
 
-import os
 import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from minigpt.commands import cli
 from minigpt.data import conversations
 from minigpt.data.classes import REVIEWS
 from minigpt.data.tales import TALES
+from tests.processes import torchrun
 from tests.test_modules import MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -70,14 +67,6 @@ def named(given: dict[str, object]) -> list[str]:
     return [name for v in values for name in (v if isinstance(v, list) else [str(v)])]
 
 
-def torchrun(start: list[str], words: list[str]) -> int:
-    """The exit status of a command in processes that torchrun starts."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tools" / "path")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *start, *words]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, timeout=240).returncode
-
-
 @by_name("page", WITH_COMMANDS)
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -93,24 +82,24 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         elif program == "pip":
             made |= {name for name, (*_, install) in PACKAGED.items() if install == line}
         else:
-            run: Callable[[list[str]], int] = cli.main
+            start: list[str] = []
             if program == "torchrun":
                 end = words.index("minigpt") + 1
                 start, words = words[:end], words[end:]
-                run = partial(torchrun, start)
-                if "--nnodes" in start:
-                    cli.parser().parse_args(words)
-                    continue
             else:
                 assert program == "minigpt", line
             given = vars(cli.parser().parse_args(words))
+            if "--nnodes" in start:  # there is one machine
+                continue
             foreign = [n for n in named(given) if n not in bundled and not Path(n).exists()]
             hub = [name for name in foreign if name not in made]
             assert all(name == given.get("model") for name in hub), f"{line}: nothing makes {hub}"
             if not foreign:
                 known_as = [name for name in SHORT if " ".join(words).startswith(f"{name} ")]
                 short = [] if given.get("list") else SHORT[max(known_as, key=len)].split()
-                assert run([*words, *short]) == 0, line
+                run = [*start, *words, *short]
+                status = torchrun(run, tmp_path).returncode if start else cli.main(run)
+                assert status == 0, line
             else:
                 if words[0] == "finetune" and given.get("chat"):
                     made.add(f"{given['out']}/heldout.jsonl")  # the command writes it

@@ -1,9 +1,13 @@
 """A GPT-Neo small enough for a test, and random batches."""
 
+from pathlib import Path
+from random import Random
+
 import torch
 from torch import Tensor, nn
 
-from minigpt import GPTNeo, GPTNeoConfig
+from minigpt import GPTNeo, GPTNeoConfig, save
+from minigpt.data.tokenizer import Tokenizer
 
 VOCABULARY, LENGTH = 61, 10
 
@@ -29,6 +33,17 @@ def gpt_neo(seed: int = 0, dropout: float = 0.0, **settings: object) -> GPTNeo:
             if "norm.weight" in name:
                 p += 1
     return model
+
+
+def folder(out: Path) -> Path:
+    """A model directory with its tokenizer, and text.txt beside them."""
+    words = Random(0).choices(["sea", "whale", "ship", "the", "a", "saw", "old"], k=1500)
+    text = "".join(w + ("\n" if i % 9 == 8 else " ") for i, w in enumerate(words))
+    (out / "text.txt").write_text(text)
+    tokenizer = Tokenizer.train([text], 270)
+    tokenizer.save(out)
+    save(gpt_neo(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, dropout=0.1), out)
+    return out
 
 
 def batch(i: int, rows: int = 3, ignored: float = 0.2) -> dict[str, Tensor]:

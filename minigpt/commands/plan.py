@@ -25,6 +25,7 @@ from minigpt.settings.methods import MethodOptions
 from minigpt.settings.options import option, with_default
 from minigpt.settings.training import MOST_TOKENS, TrainingOptions
 from minigpt.training.memory import map_large_blocks, resident
+from minigpt.training.parallel import WAYS
 from peft_lite.quantized import CODECS
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -49,7 +50,7 @@ class PlanOptions(MethodOptions):
     paged: bool = with_default(TrainingOptions, "paged", False)
     checkpoint_activations: bool = option("less memory, more time", False)
     gpus: int = option("processes, each with a GPU", 1)
-    parallel: str = option("how they share the work", "none", memory.PARALLEL)
+    parallel: str = option("how they share the work", "none", WAYS)
     card: str | None = option(
         "plan for this GPU, from its published figures (default: for this machine)",
         None,
@@ -209,11 +210,8 @@ def size_text(size: int) -> str:
     """Bytes to three digits."""
     for unit in ("GB", "MB", "KB"):
         if size >= UNITS[unit]:
-            return (
-                f"{size / UNITS[unit]:,.3g} {unit}"
-                if size < 1000 * UNITS[unit]
-                else (f"{size / UNITS[unit]:,.0f} {unit}")
-            )
+            value = size / UNITS[unit]
+            return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
     return f"{size} B"
 
 

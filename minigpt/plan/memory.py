@@ -28,7 +28,6 @@ from minigpt.models.architecture import Model
 from minigpt.plan import allocator
 from minigpt.plan.trace import ACTIVATIONS, GRADIENTS, LOGITS, WORKING, Trace
 
-PARALLEL = ("none", "ddp", "fsdp")
 WEIGHTS, ADAPTERS, STATE = "weights", "adapters", "optimizer state"
 GATHERED, COMMUNICATION = "gathered", "communication"
 LIBRARIES, HOLES = "libraries", "holes of the heap"

@@ -20,12 +20,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import minigpt
 import peft_lite
 from minigpt import GPTNeo, TrainConfig, train
 from minigpt.commands.cli import main
 from minigpt.data.text import Batch
-from minigpt.data.tokenizer import Tokenizer
 from minigpt.objectives.causal import language_model_loss
 from minigpt.training import snapshot
 from minigpt.training.interrupt import stop_requested
@@ -385,16 +383,7 @@ def test_resuming_a_trained_run_changes_nothing(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory with its tokenizer, and text.txt beside them."""
-    folder = tmp_path_factory.mktemp("base")
-    words = random.Random(0).choices(["sea", "whale", "ship", "the", "a", "saw", "old"], k=1500)
-    text = "".join(w + ("\n" if i % 9 == 8 else " ") for i, w in enumerate(words))
-    (folder / "text.txt").write_text(text)
-    tokenizer = Tokenizer.train([text], 270)
-    tokenizer.save(folder)
-    model = tiny.gpt_neo(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, dropout=0.1)
-    minigpt.save(model, folder)
-    return folder
+    return tiny.folder(tmp_path_factory.mktemp("base"))
 
 
 def options(base: Path, out: Path, method: str, steps: int, every: int) -> list[str]:
